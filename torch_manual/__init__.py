@@ -1,0 +1,14 @@
+"""Layers for PyTorch whose gradients are derived by hand."""
+
+from torch_manual.kernels.backend import backends, use_backend
+from torch_manual.modules.lstm import LSTM, LSTMCell, PeepholeLSTM, PeepholeLSTMCell
+
+__version__ = "0.1.0"
+__all__ = [
+    "LSTM",
+    "LSTMCell",
+    "PeepholeLSTM",
+    "PeepholeLSTMCell",
+    "backends",
+    "use_backend",
+]

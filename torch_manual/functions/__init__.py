@@ -1,0 +1,1 @@
+"""The hand-derived gradients: one `torch.autograd.Function` and its equations per file."""

@@ -1,0 +1,32 @@
+"""Automatic mixed precision: the casts at a layer's door, and none behind it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def autocast_cast(*tensors: Tensor | None) -> tuple:
+    """Cast as autocast does for the ops on its lower-precision list.
+
+    Float64 and integer tensors stay as they are, and so does everything outside an autocast
+    region. The casts are recorded, so the gradient of a float32 weight is float32.
+    """
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def autocast_off(t: Tensor) -> AbstractContextManager:
+    """A context without autocast, in which a hand-written formula computes as written."""
+    device = t.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

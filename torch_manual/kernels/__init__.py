@@ -1,0 +1,1 @@
+"""The opaque `torch.library` ops, and which implementation serves which device."""

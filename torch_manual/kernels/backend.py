@@ -1,0 +1,63 @@
+"""Which implementation serves the recurrence: plain torch ops, C on the CPU, Triton on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "eager", "cpu", "triton")
+_requested = "auto"
+
+
+def backends() -> dict[str, str]:
+    """Return, for each backend, `"available"` or the reason why it is not."""
+    return {"eager": "available", "cpu": _cpu_status(), "triton": _triton_status()}
+
+
+def _cpu_status() -> str:
+    return "the compiled CPU kernel is not part of this version"
+
+
+def _triton_status() -> str:
+    return "the Triton kernels are not part of this version"
+
+
+class use_backend:
+    """Choose the implementation of the recurrence, for the process or for a `with` block.
+
+    `"auto"` takes the fastest one that serves the tensors at hand; `"eager"` plain torch ops on any
+    device and dtype; `"cpu"` the compiled kernel; `"triton"` the Triton kernels (on CPU tensors too,
+    when TRITON_INTERPRET=1).
+
+    The choice takes effect at once and, used as a context manager, is undone on exit. It is global
+    to the process, not to a thread, because autograd may run a backward pass on threads of its own.
+
+    Raises:
+        ValueError: `name` is none of the four.
+        RuntimeError: the backend asked for is not available here; the message says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        if name not in NAMES:
+            raise ValueError(f"use_backend: name must be one of {', '.join(NAMES)}, got {name!r}")
+        status = "available" if name == "auto" else backends()[name]
+        if status != "available":
+            raise RuntimeError(f"use_backend: {name!r} is not available: {status}")
+        self._before = _requested
+        _requested = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _requested
+        _requested = self._before
+
+
+def requested() -> str:
+    """Return the backend asked for by `use_backend`, or `"auto"`."""
+    return _requested

@@ -1,0 +1,263 @@
+"""The LSTM recurrence of one layer, as opaque ops (equations: docs/derivations/lstm.md).
+
+    torch_manual::lstm_forward   x, h0, c0, weights            → y, h_n, c_n, gates, cells
+    torch_manual::lstm_backward  dy, dh_n, dc_n, dcells, saved  → dpre, dh, dh0, dc0
+
+Everything that is a sum over time (dx, dW, db) is left to the caller: it is one matrix product on
+`dpre`. What follows here is the implementation in plain torch, for any device and dtype.
+
+Shapes: T steps, B sequences, N rows (T·B, or Σ batch_sizes when packed), I inputs, H hidden units,
+P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
+
+    x (N, I)   h0, h_n (D, B, P)   c0, c_n (D, B, H)   y (N, D·P)   gates, dpre (D, N, 4H)
+    cells (D, N, H)   dh (D, N, P)   batch_sizes (T,) int64 on the CPU, or None
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_manual.kernels.rows import previous, steps
+
+
+class LSTMWeights(NamedTuple):
+    """The parameters of one direction of one layer; what a layer does without is None.
+
+    weight_ih (4H, I), weight_hh (4H, P), bias_ih and bias_hh (4H,), weight_hr (P, H);
+    peepholes weight_ci, weight_cf, weight_co: (H,) diagonal or (H, H) full.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None = None
+    bias_hh: Tensor | None = None
+    weight_hr: Tensor | None = None
+    weight_ci: Tensor | None = None
+    weight_cf: Tensor | None = None
+    weight_co: Tensor | None = None
+
+
+def by_direction(flat: Sequence) -> list[LSTMWeights]:
+    """Undo `[*forward_weights, *reverse_weights]`, the form in which the ops take weights."""
+    n = len(LSTMWeights._fields)
+    return [LSTMWeights(*flat[k : k + n]) for k in range(0, len(flat), n)]
+
+
+def _forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(x)
+    results = [
+        _forward_direction(x.to(dtype), h, c, batch_sizes, _cast(w, dtype), bool(reverse))
+        for reverse, (h, c, w) in enumerate(
+            zip(h0.to(dtype), c0.to(dtype), by_direction(weights), strict=True)
+        )
+    ]
+    y, h_n, c_n, gates, cells = zip(*results, strict=True)
+    out = (torch.cat(y, -1), torch.stack(h_n), torch.stack(c_n))
+    saved = (torch.stack(gates), torch.stack(cells)) if save else (x.new_empty(0), x.new_empty(0))
+    return tuple(t.to(x.dtype) for t in out + saved)  # type: ignore[return-value]
+
+
+def _forward_direction(
+    x: Tensor, h0: Tensor, c0: Tensor, batch_sizes: Tensor | None, w: LSTMWeights, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    h, c = h0.clone(), c0.clone()
+    y = x.new_empty(len(x), h.shape[1])
+    gates = x.new_empty(len(x), 4 * c.shape[1])
+    cells = x.new_empty(len(x), c.shape[1])
+    input_part = x @ w.weight_ih.T
+    for bias in (w.bias_ih, w.bias_hh):
+        if bias is not None:
+            input_part += bias
+    order = steps(len(x), len(h0), batch_sizes)
+    for rows in reversed(order) if reverse else order:
+        alive = slice(rows.stop - rows.start)
+        pre = input_part[rows] + h[alive] @ w.weight_hh.T  # F1
+        pre_i, pre_f, pre_g, pre_o = pre.chunk(4, -1)
+        i = torch.sigmoid(_peep(pre_i, c[alive], w.weight_ci))  # F2
+        f = torch.sigmoid(_peep(pre_f, c[alive], w.weight_cf))  # F3
+        g = torch.tanh(pre_g)  # F4
+        c[alive] = f * c[alive] + i * g  # F5
+        o = torch.sigmoid(_peep(pre_o, c[alive], w.weight_co))  # F6
+        m = o * torch.tanh(c[alive])  # F7
+        h[alive] = m if w.weight_hr is None else m @ w.weight_hr.T  # F8
+        y[rows], cells[rows], gates[rows] = h[alive], c[alive], torch.cat([i, f, g, o], -1)
+    return y, h, c, gates, cells
+
+
+def _backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    gates: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(gates)
+    n_directions, n_rows = gates.shape[:2]
+    directions = by_direction(weights)
+    P = directions[0].weight_hh.shape[1]
+    if dy is None:
+        dy = gates.new_zeros(n_rows, n_directions * P)
+    if dh_n is None:
+        dh_n = c0.new_zeros(*c0.shape[:2], P)
+    if dc_n is None:
+        dc_n = torch.zeros_like(c0)
+    results = [
+        _backward_direction(
+            dy[:, d * P : (d + 1) * P].to(dtype),
+            dh_n[d].to(dtype),
+            dc_n[d].to(dtype),
+            None if dcells is None else dcells[d].to(dtype),
+            c0[d].to(dtype),
+            batch_sizes,
+            _cast(w, dtype),
+            gates[d].to(dtype),
+            cells[d].to(dtype),
+            reverse=bool(d),
+        )
+        for d, w in enumerate(directions)
+    ]
+    dpre, dh, dh0, dc0 = (torch.stack(t).to(gates.dtype) for t in zip(*results, strict=True))
+    return dpre, dh, dh0, dc0
+
+
+def _backward_direction(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    dcells: Tensor | None,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    w: LSTMWeights,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dpre = torch.empty_like(gates)
+    dh_rows = dy.clone() if w.weight_hr is not None else dy.new_empty(0)
+    dh_next, dc_next = dh_n.clone(), dc_n.clone()
+    c_before = previous(cells, c0, batch_sizes, reverse)
+    order = steps(len(dy), len(c0), batch_sizes)
+    for rows in order if reverse else reversed(order):
+        alive = slice(rows.stop - rows.start)
+        i, f, g, o = gates[rows].chunk(4, -1)
+        c_prev, tanh_c = c_before[rows], torch.tanh(cells[rows])
+        dh = dy[rows] + dh_next[alive]  # B1
+        dm = dh if w.weight_hr is None else dh @ w.weight_hr  # B2
+        dpre_o = dm * tanh_c * o * (1 - o)  # B3
+        dc = dc_next[alive] + dm * o * (1 - tanh_c**2) + _peep_back(dpre_o, w.weight_co)  # B4
+        if dcells is not None:
+            dc = dc + dcells[rows]
+        dpre_i = dc * g * i * (1 - i)  # B5
+        dpre_f = dc * c_prev * f * (1 - f)  # B6
+        dpre_g = dc * i * (1 - g**2)  # B7
+        dc_next[alive] = (  # B8
+            dc * f + _peep_back(dpre_i, w.weight_ci) + _peep_back(dpre_f, w.weight_cf)
+        )
+        dpre[rows] = torch.cat([dpre_i, dpre_f, dpre_g, dpre_o], -1)
+        dh_next[alive] = dpre[rows] @ w.weight_hh  # B9
+        if w.weight_hr is not None:
+            dh_rows[rows] = dh
+    return dpre, dh_rows, dh_next, dc_next
+
+
+def _peep(pre: Tensor, c: Tensor, weight: Tensor | None) -> Tensor:
+    """`pre` plus what the gate sees of the cell through its peephole."""
+    if weight is None:
+        return pre
+    return pre + (c * weight if weight.dim() == 1 else c @ weight.T)
+
+
+def _peep_back(dpre: Tensor, weight: Tensor | None) -> Tensor | int:
+    """What the gate's gradient sends back to the cell through its peephole."""
+    if weight is None:
+        return 0
+    return dpre * weight if weight.dim() == 1 else dpre @ weight
+
+
+def _compute_dtype(t: Tensor) -> torch.dtype:
+    """Half precision is stored, never accumulated."""
+    return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
+
+
+def _cast(w: LSTMWeights, dtype: torch.dtype) -> LSTMWeights:
+    return LSTMWeights(*(None if t is None else t.to(dtype) for t in w))  # type: ignore[arg-type]
+
+
+def _fake_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (D, _, P), H, N = h0.shape, c0.shape[2], x.shape[0]
+    saved = ((D, N, 4 * H), (D, N, H)) if save else ((0,), (0,))
+    return (
+        x.new_empty(N, D * P),
+        h0.new_empty(h0.shape),
+        c0.new_empty(c0.shape),
+        *(x.new_empty(shape) for shape in saved),
+    )  # type: ignore[return-value]
+
+
+def _fake_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    gates: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w = by_direction(weights)[0]
+    (D, N, _), B, P = gates.shape, c0.shape[1], w.weight_hh.shape[1]
+    dh_shape = (D, 0) if w.weight_hr is None else (D, N, P)
+    return (
+        gates.new_empty(gates.shape),
+        gates.new_empty(dh_shape),
+        c0.new_empty(D, B, P),
+        c0.new_empty(c0.shape),
+    )
+
+
+for _name, _schema, _plain, _fake in (
+    (
+        "torch_manual::lstm_forward",
+        "(Tensor x, Tensor h0, Tensor c0, Tensor? batch_sizes, Tensor?[] weights, bool save)"
+        " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+        _forward,
+        _fake_forward,
+    ),
+    (
+        "torch_manual::lstm_backward",
+        "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor c0, Tensor? batch_sizes,"
+        " Tensor?[] weights, Tensor gates, Tensor cells)"
+        " -> (Tensor dpre, Tensor dh, Tensor dh0, Tensor dc0)",
+        _backward,
+        _fake_backward,
+    ),
+):
+    torch.library.define(_name, _schema)
+    torch.library.impl(_name, "default", _plain)
+    torch.library.register_fake(_name, _fake)
+
+lstm_forward = torch.ops.torch_manual.lstm_forward.default
+lstm_backward = torch.ops.torch_manual.lstm_backward.default

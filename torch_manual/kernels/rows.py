@@ -1,0 +1,52 @@
+"""The flat batch: which rows of an (N, ·) tensor belong to which time step.
+
+A dense (T, B, ·) batch is N = T·B rows. A PackedSequence is N = Σ batch_sizes rows, its sequences
+sorted by falling length, so that the sequences alive at step t are always the first batch_sizes[t].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[slice]:
+    """Return the rows of every time step, first to last."""
+    if batch_sizes is None:
+        return [slice(start, start + batch) for start in range(0, n_rows, batch or 1)]
+    ends = batch_sizes.cumsum(0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def previous(
+    rows: Tensor, initial: Tensor, batch_sizes: Tensor | None, reverse: bool = False
+) -> Tensor:
+    """Return, beside every row, the row its recurrence came from: `rows` delayed by one step.
+
+    Args:
+        rows: (N, K), a state at every step.
+        initial: (B, K), the state before the first step.
+        batch_sizes: (T,) of a packed batch, or None for a dense one.
+        reverse: the recurrence ran from the last step to the first.
+    """
+    batch = initial.shape[0]
+    if batch_sizes is None:
+        return torch.cat(
+            [rows[batch:], initial] if reverse else [initial, rows[: len(rows) - batch]]
+        )
+    return torch.cat([rows, initial]).index_select(
+        0, _previous_index(rows.shape[0], batch_sizes, reverse).to(rows.device)
+    )
+
+
+def _previous_index(n_rows: int, batch_sizes: Tensor, reverse: bool) -> Tensor:
+    """Index into [rows; initial] of every row's predecessor."""
+    row = torch.arange(n_rows)
+    size = batch_sizes.repeat_interleave(batch_sizes, output_size=n_rows)
+    step = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes, output_size=n_rows)
+    sequence = row - (batch_sizes.cumsum(0) - batch_sizes)[step]
+    if reverse:
+        after = torch.cat([batch_sizes[1:], batch_sizes.new_zeros(1)])[step]
+        return torch.where(sequence < after, row + size, n_rows + sequence)
+    before = torch.cat([batch_sizes.new_zeros(1), batch_sizes[:-1]])[step]
+    return torch.where(step > 0, row - before, n_rows + sequence)

@@ -1,0 +1,1 @@
+"""The `nn.Module`s: parameters, argument checks, layers and directions. No mathematics."""

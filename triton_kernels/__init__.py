@@ -1,0 +1,1 @@
+"""Triton kernels; installed as `torch_manual.triton_kernels`."""

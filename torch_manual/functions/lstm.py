@@ -92,7 +92,7 @@ class LSTMFunction(torch.autograd.Function):
     """(x, h0, c0, weights) → (y, h_n, c_n, cells, gates), with the backward of lstm.md."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         h0: Tensor,
         c0: Tensor,
@@ -113,7 +113,7 @@ class LSTMFunction(torch.autograd.Function):
         ctx.save_for_backward(x, h0, c0, batch_sizes, y, gates, cells, *weights)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any,
         dy: Tensor | None,
         dh_n: Tensor | None,
@@ -136,7 +136,7 @@ class LSTMBackwardFunction(torch.autograd.Function):
     """`lstm_gradients` as a node of the graph that `create_graph=True` asks for."""
 
     @staticmethod
-    def forward(needs: tuple[bool, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def forward(needs: tuple[bool, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return lstm_gradients(needs, *tensors)  # type: ignore[arg-type]
 
     @staticmethod
@@ -144,7 +144,7 @@ class LSTMBackwardFunction(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "lstm: this version has no second-order gradient: the graph made by create_graph=True "
             "can not be differentiated through an LSTM; torch_manual.restore(model) gives back "
@@ -223,7 +223,7 @@ def _weight_gradients(
         c_prev = previous(cells, c0, batch_sizes, bool(reverse))
         dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
         dpeepholes = [  # B15
-            _peephole_gradient(dpre_k, c, weight) if wanted else None
+            _peephole_gradient(dpre_k, c, weight) if weight is not None and wanted else None
             for dpre_k, c, weight, wanted in zip(
                 (dpre_i, dpre_f, dpre_o), (c_prev, c_prev, cells), w[5:], need[5:], strict=True
             )
@@ -244,13 +244,16 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
 
 def _check(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:
     I, P, H = x.shape[-1], h0.shape[-1], c0.shape[-1]
-    for t in (h0, c0):
-        _check_same(x, t, "hidden")
+    for state in (h0, c0):
+        _check_same(x, state, "hidden")
     for w in weights:
-        square = w.weight_ci is not None and w.weight_ci.dim() == 2
-        peephole = ("(H, H)", (H, H)) if square else ("(H,)", (H,))
-        expected = (("(4H, I)", (4 * H, I)), ("(4H, P)", (4 * H, P)))
-        expected += (("(4H,)", (4 * H,)),) * 2 + (("(P, H)", (P, H)),) + (peephole,) * 3
+        full = w.weight_ci is not None and w.weight_ci.dim() == 2
+        expected: list[tuple[str, tuple[int, ...]]] = [
+            ("(4H, I)", (4 * H, I)),
+            ("(4H, P)", (4 * H, P)),
+        ]
+        expected += [("(4H,)", (4 * H,))] * 2 + [("(P, H)", (P, H))]
+        expected += [("(H, H)", (H, H)) if full else ("(H,)", (H,))] * 3
         for name, t, (symbols, shape) in zip(w._fields, w, expected, strict=True):
             if t is None:
                 continue

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
-import torch
-from torch import Tensor
-
 NAMES = ("auto", "eager", "cpu", "triton")
 _requested = "auto"
 
@@ -28,9 +22,9 @@ def _triton_status() -> str:
 class use_backend:
     """Choose the implementation of the recurrence, for the process or for a `with` block.
 
-    `"auto"` takes the fastest one that serves the tensors at hand; `"eager"` plain torch ops on any
-    device and dtype; `"cpu"` the compiled kernel; `"triton"` the Triton kernels (on CPU tensors too,
-    when TRITON_INTERPRET=1).
+    `"auto"` takes the fastest one that serves the tensors at hand; `"eager"` plain torch ops, on
+    any device and dtype; `"cpu"` the compiled kernel; `"triton"` the Triton kernels (on CPU tensors
+    too, when TRITON_INTERPRET=1).
 
     The choice takes effect at once and, used as a context manager, is undone on exit. It is global
     to the process, not to a thread, because autograd may run a backward pass on threads of its own.

@@ -47,7 +47,6 @@ class LSTM(nn.RNNBase):
     the input is.
     """
 
-    __jit_unused_properties__ = ["_flat_weights", "all_weights"]
     return_cells = False
 
     def __init__(
@@ -80,12 +79,12 @@ class LSTM(nn.RNNBase):
         )
         self.return_cells = return_cells
 
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor | None]:
         """The parameters as they are now, so that none is ever stale (parametrizations, vmap)."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
@@ -94,7 +93,7 @@ class LSTM(nn.RNNBase):
         """RNNBase keeps a list of its own; there is nothing to keep here."""
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the kernels read the parameters where they are. Kept for `nn.LSTM`'s users."""
+        """Do nothing; the kernels read the parameters where they are."""
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", return_cells=True" if self.return_cells else "")
@@ -125,11 +124,11 @@ class LSTM(nn.RNNBase):
             hx = self.permute_hidden(hx, sorted_indices)
         h0, c0 = self._initial_states(x, batch_sizes, hx, True)
         output, h_n, c_n, *cells = self._run(x, h0, c0, batch_sizes)
-        output, *cells = (
+        packed, *packed_cells = (
             PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices)
             for t in (output, *cells)
         )
-        return output, self.permute_hidden((h_n, c_n), unsorted_indices), *cells
+        return packed, self.permute_hidden((h_n, c_n), unsorted_indices), *packed_cells
 
     def _initial_states(
         self, x: Tensor, batch_sizes: Tensor | None, hx: Any, batched: bool
@@ -153,7 +152,7 @@ class LSTM(nn.RNNBase):
                 )
             if not batched:
                 h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
-        self.check_forward_args(x, (h0, c0), batch_sizes)  # type: ignore[arg-type]
+        self.check_forward_args(x, (h0, c0), batch_sizes)
         return h0, c0
 
     def _run(
@@ -200,8 +199,8 @@ class PeepholeLSTM(LSTM):
     derivation, equation by equation, is docs/derivations/peephole_lstm.md.
 
     Args:
-        peephole: `"diagonal"` as Graves has it, `weight_ci_l{k}`, `weight_cf_l{k}`, `weight_co_l{k}`
-            of (H,); or `"full"` as the article writes it: (H, H), and the term is c W_ciᵀ.
+        peephole: `"diagonal"` as Graves has it: `weight_ci_l{k}`, `weight_cf_l{k}` and
+            `weight_co_l{k}` are (H,); or `"full"` as the article has it: (H, H), the term c W_ciᵀ.
 
     All other arguments, inputs and results are those of `LSTM`. The peepholes come after its
     parameters, so that these are drawn alike for the same seed.
@@ -233,9 +232,6 @@ class LSTMCell(nn.RNNCellBase):
     Inputs: `input` (B, I) or (I,); `hx` = (h, c), (B, H) each or (H,), zeros if not given.
     Returns: h', c'.
     """
-
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
 
     def __init__(
         self,

@@ -23,8 +23,9 @@ def tags(text):
 
 
 def code(name):
-    files = [ROOT / f"torch_manual/{layer}/{name}.py" for layer in ("functions", "kernels")]
-    return "\n".join(f.read_text() for f in files if f.exists())
+    """The plain-torch code of a layer: functions/lstm.py, kernels/lstm.py, kernels/lstm_*.py."""
+    files = [f for k in ("functions", "kernels") for f in (ROOT / "torch_manual" / k).glob("*.py")]
+    return "\n".join(f.read_text() for f in files if re.fullmatch(rf"{name}(_.*)?", f.stem))
 
 
 @pytest.mark.parametrize("name", [n for n, p in PAGES.items() if equations(p.read_text())])
@@ -35,7 +36,7 @@ def test_every_equation_is_in_the_code(name):
 
 
 def test_every_layer_has_a_derivation():
-    layers = {p.stem for p in (ROOT / "torch_manual/functions").glob("[a-z]*.py")}
+    layers = {p.stem for p in (ROOT / "torch_manual/modules").glob("[a-z]*.py")}
     assert layers <= set(PAGES)
 
 

@@ -145,7 +145,7 @@ def test_unbroken_lstm_passes():
         (
             "batch mean",
             every_gate("weight_ih_l0"),
-            "weight_ih_l0: the rows of gates i, f, g, o are wrong (numeric = 2 × analytic: a forgotten sum",
+            "weight_ih_l0: the rows of gates i, f, g, o are wrong (numeric = 2 × analytic: ",
         ),
         (
             "small",
@@ -171,7 +171,7 @@ def test_unbroken_lstm_passes():
             "shape",
             every_gate("weight_ih_l0"),
             "weight_ih_l0: the rows of gates i, f, g, o are wrong (backward raised RuntimeError: "
-            "Function PlantedLSTMBackward returned an invalid gradient at index 2 - got [3, 16] but",
+            "Function PlantedLSTMBackward returned an invalid gradient at index 1 - got [3, 16]",
         ),
     ],
 )
@@ -301,19 +301,18 @@ def test_nothing_of_the_user_changes():
     module(torch.randn(4, 3)).sum().backward()
     inputs = torch.randn(4, 3, requires_grad=True)
     inputs.grad = torch.ones(4, 3)
-    before = copy.deepcopy((module, inputs))
+    tensors = [*module.parameters(), inputs]
+    before, grads = copy.deepcopy((module, tensors)), [x.grad.clone() for x in tensors]
     rng = torch.get_rng_state(), random.getstate()
     gradcheck(module, inputs)
     assert torch.equal(torch.get_rng_state(), rng[0])
     assert random.getstate() == rng[1]
     assert [m.training for m in module.modules()] == [m.training for m in before[0].modules()]
-    for now, then in zip(
-        [*module.parameters(), inputs], [*before[0].parameters(), before[1]], strict=True
-    ):
+    for now, then, grad in zip(tensors, before[1], grads, strict=True):
         assert now.dtype == torch.float32
         assert now.requires_grad
         assert torch.equal(now, then)
-        assert torch.equal(now.grad, then.grad)
+        assert torch.equal(now.grad, grad)
     for now, then in zip(module.buffers(), before[0].buffers(), strict=True):
         assert torch.equal(now, then)
         assert now.dtype == then.dtype

@@ -94,6 +94,7 @@ def check_cases() -> list[CheckCase]:
         CheckCase("MSELoss", (), (two_d, randn(5, I))),
         CheckCase("CrossEntropyLoss", (), (two_d, classes)),
         CheckCase("CrossEntropyLoss", (), (two_d, classes), {"label_smoothing": 0.1}),
+        CheckCase("CrossEntropyLoss", (), (two_d, probabilities), note="probabilities"),
         CheckCase("BCEWithLogitsLoss", (), (two_d, probabilities)),
         CheckCase("LSTMCell", (I, H), (randn(B, I), (randn(B, H), randn(B, H)))),
         CheckCase("LSTM", (I, H), (sequence, states())),

@@ -131,7 +131,8 @@ def gradcheck(
         inputs: the argument, or a tuple of the arguments: tensors, PackedSequences, nested tuples.
             Floating-point tensors are copied to float64, everything else is passed through.
         eps: half the step of the central difference.
-        atol, rtol: the tolerances of the rule above.
+        atol, rtol: the tolerances of the rule above. The defaults find a relative error of 1e-4 in
+            gradients above 1e-4; right layers of ordinary size come out near 1e-9.
         samples: at most this many elements of each tensor, or of each gate's rows, are checked,
             chosen at random; None checks all. An element costs two evaluations of `fn`.
         gates: the gates stacked along the first dimension of a tensor, by the tensor's name in the

@@ -48,9 +48,10 @@ class LayerNormFunction(torch.autograd.Function):
         dx = dw = db = None
         if needs_dx or needs_dw:
             x = widen(x)
-            var, mu = torch.var_mean(x, dims, correction=0, keepdim=True)  # F1
+            centred = x - x.mean(dims, keepdim=True)
+            var = (centred * centred).mean(dims, keepdim=True)  # F1
             r = torch.rsqrt(var + ctx.eps)  # F2
-            x_hat = (x - mu) * r  # F3
+            x_hat = centred * r  # F3
         if needs_dx:
             dx_hat = dy if weight is None else dy * weight  # B1
             mean = dx_hat.mean(dims, keepdim=True)

@@ -1,7 +1,7 @@
 """The LSTM layer and its hand-derived gradient (equations: docs/derivations/lstm.md).
 
-The recurrence and its reverse are opaque ops (torch_manual/kernels/lstm.py). This file holds what
-surrounds them: the `autograd.Function`, and the gradients that are sums over time, B10 to B15.
+The recurrence and its reverse are opaque ops (torch_manual/kernels/lstm.py). This file wraps them
+in an `autograd.Function`; the gradients that are sums over time are in lstm_gradients.py.
 
 T steps, B sequences, N rows (T·B, or Σ batch_sizes when packed), I inputs, H hidden units,
 P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
@@ -14,10 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
-from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward, lstm_forward
-from torch_manual.kernels.rows import previous
+from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
+from torch_manual.functions.lstm_second_order import (
+    LSTMGradientFunction,
+    LSTMTangentFunction,
+    fold,
+    vmap_by_loop,
+)
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
 
 __all__ = ["LSTMWeights", "lstm_cell", "lstm_layer"]
 
@@ -64,9 +71,13 @@ def lstm_layer(
     _check(x, h0, c0, weights)
     if torch.compiler.is_compiling() and h0 is c0:
         c0 = c0.clone()
-    save = return_cells or _needs_graph(x, h0, c0, *flat)
     rows = x if batch_sizes is not None else x.reshape(-1, x.shape[-1])
-    y, h_n, c_n, cells, _ = LSTMFunction.apply(rows, h0, c0, batch_sizes, save, *flat)
+    if _needs_graph(x, h0, c0, *flat):
+        function = LSTMFunction if torch.compiler.is_compiling() else LSTMFunctionEager
+        y, h_n, c_n, cells, _ = function.apply(rows, h0, c0, batch_sizes, *flat)
+    else:
+        with autocast_off(x):
+            y, h_n, c_n, _, cells = lstm_forward(rows, h0, c0, batch_sizes, flat, return_cells)
     y = y.view(*x.shape[:-1], y.shape[-1])
     if not return_cells:
         return y, h_n, c_n
@@ -89,7 +100,7 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
 
 
 class LSTMFunction(torch.autograd.Function):
-    """(x, h0, c0, weights) → (y, h_n, c_n, cells, gates), with the backward of lstm.md."""
+    """(x, h0, c0, weights) → (y, h_n, c_n, cells, gates)."""
 
     @staticmethod
     def forward(
@@ -97,147 +108,76 @@ class LSTMFunction(torch.autograd.Function):
         h0: Tensor,
         c0: Tensor,
         batch_sizes: Tensor | None,
-        save: bool,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
         with autocast_off(x):
-            y, h_n, c_n, gates, cells = lstm_forward(x, h0, c0, batch_sizes, weights, save)
+            y, h_n, c_n, gates, cells = lstm_forward(x, h0, c0, batch_sizes, weights, True)
         return y, h_n, c_n, cells, gates
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, h0, c0, batch_sizes, _, *weights = inputs
+        x, h0, c0, batch_sizes, *weights = inputs
         y, _, _, cells, gates = output
         ctx.mark_non_differentiable(gates)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h0, c0, batch_sizes, y, gates, cells, *weights)
 
     @staticmethod
-    def backward(
-        ctx: Any,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-        dcells: Tensor | None,
-        _: None,
-    ) -> tuple[Tensor | None, ...]:
-        outer = (dy, dh_n, dc_n, dcells)
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+        outer = outer[:4]
         if all(t is None for t in outer):
             return (None,) * len(ctx.needs_input_grad)
-        needs = ctx.needs_input_grad
+        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, dh0, dc0, *dweights = LSTMBackwardFunction.apply(needs, *outer, *ctx.saved_tensors)
+            gradients = LSTMGradientFunction.apply(needs, *outer, *ctx.saved_tensors)
         else:
-            dx, dh0, dc0, *dweights = lstm_gradients(needs, *outer, *ctx.saved_tensors)
-        return dx, dh0, dc0, None, None, *dweights
+            gradients = lstm_gradients(needs, outer, Primal.of(ctx.saved_tensors))
+        dx, dh0, dc0, _, _, *dweights = gradients
+        return dx, dh0, dc0, None, *dweights
 
 
-class LSTMBackwardFunction(torch.autograd.Function):
-    """`lstm_gradients` as a node of the graph that `create_graph=True` asks for."""
-
-    @staticmethod
-    def forward(needs: tuple[bool, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return lstm_gradients(needs, *tensors)  # type: ignore[arg-type]
+class LSTMFunctionEager(LSTMFunction):
+    """`LSTMFunction` with forward mode, which torch.compile refuses to trace."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        LSTMFunction.setup_context(ctx, inputs, output)
+        x, h0, c0, batch_sizes, *weights = inputs
+        y, _, _, cells, gates = output
+        ctx.save_for_forward(x, h0, c0, batch_sizes, y, gates, cells, *weights)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "lstm: this version has no second-order gradient: the graph made by create_graph=True "
-            "can not be differentiated through an LSTM; torch_manual.restore(model) gives back "
-            "torch.nn's"
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        tx, th0, tc0, _, *tweights = tangents
+        ty, th_n, tc_n, tcells, _ = LSTMTangentFunction.apply(
+            tx, th0, tc0, *tweights, *ctx.saved_tensors
         )
+        return ty, th_n, tc_n, tcells, None
 
-
-def lstm_gradients(
-    needs: tuple[bool, ...],
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dcells: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    batch_sizes: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    *weights: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """dx, dh0, dc0 and the gradient of every weight, each None unless `needs` asks for it.
-
-    `needs` is `ctx.needs_input_grad` of `LSTMFunction`: x, h0, c0, two that have none, weights.
-    """
-    with autocast_off(gates):
-        dpre, dh, dh0, dc0 = lstm_backward(
-            dy, dh_n, dc_n, dcells, c0, batch_sizes, weights, gates, cells
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        if any(dim is not None for dim in in_dims[3:]):
+            return vmap_by_loop(LSTMFunctionEager, info, in_dims, *args)
+        x, h0, c0, batch_sizes, *weights = args
+        n = info.batch_size
+        if batch_sizes is not None:
+            batch_sizes = batch_sizes * n
+        y, h_n, c_n, cells, gates = LSTMFunctionEager.apply(
+            fold(x, in_dims[0], 1, n),
+            fold(h0, in_dims[1], 2, n),
+            fold(c0, in_dims[2], 2, n),
+            batch_sizes,
+            *weights,
         )
-        directions = by_direction(weights)
-        dx = None
-        if needs[0]:
-            dx = dpre[0] @ directions[0].weight_ih  # B10
-            for d, w in enumerate(directions[1:], 1):
-                dx = torch.addmm(dx, dpre[d], w.weight_ih)
-        P = h0.shape[2]
-        dweights: list[Tensor | None] = []
-        for d, (w, need) in enumerate(zip(directions, by_direction(needs[5:]), strict=True)):
-            y_d = y[:, d * P : (d + 1) * P]
-            dweights += _weight_gradients(
-                need, w, dpre[d], dh[d], x, y_d, h0[d], c0[d], gates[d], cells[d], batch_sizes, d
-            )
-        return dx, dh0 if needs[1] else None, dc0 if needs[2] else None, *dweights
-
-
-def _weight_gradients(
-    need: LSTMWeights,
-    w: LSTMWeights,
-    dpre: Tensor,
-    dh: Tensor,
-    x: Tensor,
-    y: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    batch_sizes: Tensor | None,
-    reverse: int,
-) -> LSTMWeights:
-    """Sums over all rows, taken once, as matrix products."""
-    dweight_ih = dweight_hh = dbias_ih = dbias_hh = dweight_hr = None
-    if need.weight_ih:
-        dweight_ih = dpre.T @ x  # B11
-    if need.weight_hh:
-        dweight_hh = dpre.T @ previous(y, h0, batch_sizes, bool(reverse))  # B12
-    if need.bias_ih:
-        dbias_ih = dpre.sum(0)  # B13
-    if need.bias_hh:
-        dbias_hh = dpre.sum(0) if dbias_ih is None else dbias_ih.clone()
-    if need.weight_hr:
-        o = gates.chunk(4, -1)[3]
-        dweight_hr = dh.T @ (o * torch.tanh(cells))  # B14
-    dpeepholes: list[Tensor | None] = [None, None, None]
-    if need.weight_ci or need.weight_cf or need.weight_co:
-        c_prev = previous(cells, c0, batch_sizes, bool(reverse))
-        dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
-        dpeepholes = [  # B15
-            _peephole_gradient(dpre_k, c, weight) if weight is not None and wanted else None
-            for dpre_k, c, weight, wanted in zip(
-                (dpre_i, dpre_f, dpre_o), (c_prev, c_prev, cells), w[5:], need[5:], strict=True
-            )
-        ]
-    return LSTMWeights(dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, *dpeepholes)  # type: ignore[arg-type]
-
-
-def _peephole_gradient(dpre: Tensor, c: Tensor, weight: Tensor) -> Tensor:
-    return (dpre * c).sum(0) if weight.dim() == 1 else dpre.T @ c
+        return (
+            y.unflatten(0, (-1, n)),
+            *(t.unflatten(1, (-1, n)) for t in (h_n, c_n, cells, gates)),
+        ), (1, 2, 2, 2, 2)
 
 
 def _needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether anything but the outputs must be kept: gradients, or a transform of torch.func."""
-    if torch._C._are_functorch_transforms_active():
+    """Whether what backward, forward mode or a transform of torch.func needs must be kept."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -16,11 +16,12 @@ P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torch_manual.kernels import cpu
 from torch_manual.kernels.rows import previous, steps
 
 
@@ -258,6 +259,17 @@ for _name, _schema, _plain, _fake in (
     torch.library.define(_name, _schema)
     torch.library.impl(_name, "default", _plain)
     torch.library.register_fake(_name, _fake)
+
+
+@torch.library.impl("torch_manual::lstm_forward", "cpu")
+def _forward_cpu(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return (cpu.lstm_forward if cpu.serves(x.dtype) else _forward)(x, *rest)
+
+
+@torch.library.impl("torch_manual::lstm_backward", "cpu")
+def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    return (cpu.lstm_backward if cpu.serves(args[4].dtype) else _backward)(*args)
+
 
 lstm_forward = torch.ops.torch_manual.lstm_forward.default
 lstm_backward = torch.ops.torch_manual.lstm_backward.default

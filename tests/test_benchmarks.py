@@ -1,0 +1,236 @@
+"""The benchmark suite itself: statistics, refusals, files. No test asserts a time."""
+
+import csv
+import math
+from dataclasses import fields, replace
+from itertools import cycle
+
+import pytest
+import torch
+
+import torch_manual
+from benchmarks import __main__ as command
+from benchmarks import cases, measure, memory, report
+from benchmarks.cases import CASES, TARGETS, Case, Target
+from benchmarks.check import Workload
+from benchmarks.measure import Round
+from benchmarks.workload import Side, side
+
+SMALL = Case("dense", 3, 2, 4, 5)
+ROW = report.Row(
+    *("dense", "training", 3, 2, 4, 5, 5, "float32", 2, "training, dense float32"),
+    stock_ms=3.0,
+    ours_ms=2.0,
+    ratio=1.5,
+    limit_share=0.5,
+    gemm_peak_gflops=100.0,
+    stock_mib=1.0,
+    ours_mib=0.5,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios():
+    rounds = [Round(4.0, 2.0, True), Round(9.0, 3.0, True), Round(100.0, 10.0, True)]
+    timing = measure.summarize(rounds)
+    assert (timing.stock_ms, timing.ours_ms, timing.ratio) == (9e3, 3e3, 3.0)
+
+
+def test_rejected_rounds_do_not_count():
+    rounds = [Round(2.0, 1.0, True)] * 3 + [Round(50.0, 1.0, False)] * 9
+    timing = measure.summarize(rounds)
+    assert (timing.ratio, timing.rounds, timing.rejected, timing.noisy) == (2.0, 12, 9, False)
+
+
+def test_too_few_clean_rounds_are_called_noisy():
+    timing = measure.summarize([Round(2.0, 1.0, True)] * 2 + [Round(5.0, 1.0, False)] * 3)
+    assert (timing.ratio, timing.noisy) == (5.0, True)
+
+
+def test_rounds_alternate_and_lost_time_rejects():
+    order = []
+    losses = cycle([0.0, 0.0, 0.0, 100.0])  # before and after a round: nothing lost, 100 s lost
+
+    def stock():
+        order.append("stock")
+        return 2.0
+
+    def ours():
+        order.append("ours")
+        return 1.0
+
+    rounds = measure.interleaved(stock, ours, seconds=0.01, lost=lambda: next(losses))
+    assert order[:8] == ["stock", "ours", "ours", "stock"] * 2
+    assert [r.clean for r in rounds[:4]] == [True, False, True, False]
+    assert {(r.stock, r.ours) for r in rounds} == {(2.0, 1.0)}
+
+
+def test_a_busy_machine_ends_the_row():
+    time_lost = iter(range(10**9))
+    rounds = measure.interleaved(lambda: 1.0, lambda: 1.0, 0.001, lambda: next(time_lost))
+    assert len(rounds) >= measure.MIN_ROUNDS
+    assert measure.summarize(rounds).noisy
+
+
+def test_lost_seconds_only_grow():
+    before = measure.lost_seconds()
+    assert 0.0 <= before <= measure.lost_seconds()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_every_case_agrees_with_stock(case):
+    tiny = replace(case, T=min(case.T, 4), B=min(case.B, 3), I=min(case.I, 6), H=min(case.H, 8))
+    if case.proj_size:
+        tiny = replace(tiny, proj_size=3)
+    workload = Workload(tiny)
+    for pass_ in cases.PASSES:
+        assert workload.disagreement(pass_) == ""
+        assert cases.group(case, pass_) in {"", *TARGETS}
+
+
+def test_labels_are_unique_and_every_target_has_cases():
+    assert len({case.label for case in CASES}) == len(CASES)
+    assert {cases.group(case, p) for case in CASES for p in cases.PASSES} == {"", *TARGETS}
+    assert len(cases.quick(CASES)) == len(cases.QUICK_KINDS)
+
+
+def test_lengths_are_long_tailed_and_flops_count_real_rows():
+    packed = Case("packed", 400, 32, 8, 8, packed=True)
+    lengths = packed.lengths()
+    assert lengths[0] == 400
+    assert lengths.median() < 100
+    assert packed.flops("inference") == 2 * 4 * 8 * (8 + 8) * int(lengths.sum())
+    assert packed.flops("training") == 3 * packed.flops("inference")
+
+
+class WrongOutput(torch_manual.LSTM):
+    def forward(self, input, hx=None):
+        y, states = super().forward(input, hx)
+        return y * 1.001, states
+
+
+class NoNumbers(torch_manual.LSTM):
+    def forward(self, input, hx=None):
+        y, states = super().forward(input, hx)
+        return y * math.nan, states
+
+
+def with_layer(layer):
+    workload = Workload(SMALL)
+    torch.manual_seed(0)
+    workload.ours = Side(SMALL, layer(SMALL.I, SMALL.H), torch.float32)
+    return workload
+
+
+@pytest.mark.parametrize("layer", [WrongOutput, NoNumbers])
+def test_a_wrong_output_is_named(layer):
+    assert with_layer(layer).disagreement("inference").startswith("y: error")
+
+
+def test_a_wrong_gradient_is_named():
+    workload = Workload(SMALL)
+    workload.ours.module.weight_hh_l0.register_hook(lambda grad: grad * 1.01)
+    assert workload.disagreement("inference") == ""
+    assert workload.disagreement("training").startswith("dweight_hh_l0: error")
+
+
+def test_a_wrong_case_is_not_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "Workload", lambda case: with_layer(WrongOutput))
+    monkeypatch.setattr(command, "timed", lambda *_: pytest.fail("timed a wrong result"))
+    assert command.main(["--filter", "dense T128 B16 ", "--out", str(tmp_path)]) == 1
+    with (tmp_path / "cpu.csv").open() as file:
+        assert all(row["status"].startswith("WRONG: y") for row in csv.DictReader(file))
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_reports_parse(tmp_path):
+    rows = [ROW, replace(ROW, pass_="inference", ratio=0.5), replace(ROW, T=9, status="noisy")]
+    report.write(tmp_path, "cpu", rows, {"CPU": "a test"}, TARGETS)
+    with (tmp_path / "cpu.csv").open() as file:
+        parsed = list(csv.DictReader(file))
+    assert list(parsed[0])[:3] == ["case", "pass", "T"]
+    assert len(parsed[0]) == len(fields(report.Row))
+    assert [row["ratio"] for row in parsed] == ["1.5", "0.5", "1.5"]
+    text = (tmp_path / "cpu.md").read_text()
+    assert "**0.50 ▼**" in text
+    assert "1.50 (noisy)" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("| dense")}) == 1
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.csv", "cpu.md", "cpu.png"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    def fail(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    (tmp_path / "a.md").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        report.write_atomically(tmp_path / "a.md", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.md"]
+    assert (tmp_path / "a.md").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "status", "outcome"),
+    [
+        ((1.0, 4.0), "", "met"),
+        ((0.9, 9.0), "", "missed"),
+        ((1.0, 1.1), "", "missed"),
+        ((1.0, None), "WRONG: y", "missed"),
+        ((1.0, 4.0), "noisy", "unknown: 1 noisy"),
+    ],
+)
+def test_verdicts(ratios, status, outcome):
+    rows = [replace(ROW, ratio=ratios[0]), replace(ROW, ratio=ratios[1], status=status)]
+    other = [replace(ROW, threads=1, ratio=0.1), replace(ROW, group="", ratio=0.1)]
+    (verdict,) = report.verdicts(rows + other, {ROW.group: Target(1.0, 1.5)})
+    assert verdict.outcome == outcome
+    assert verdict.minimum == min(r or 0.0 for r in ratios)
+    assert verdict.mean == pytest.approx(math.sqrt(ratios[0] * (ratios[1] or 0.0)))
+
+
+def test_an_unknown_filter_is_one_clear_line(capsys):
+    assert command.main(["--filter", "no such case"]) == 2
+    assert capsys.readouterr().err == "benchmarks: no case matches --filter 'no such case'\n"
+
+
+def test_the_filter_takes_a_case_and_a_pass(monkeypatch, tmp_path):
+    seen = []
+
+    def rows_of(case, passes, threads, seconds):
+        seen.append((case.label, passes))
+        return [ROW]
+
+    monkeypatch.setattr(command, "rows_of", rows_of)
+    arguments = ["--filter", "proj_size t100 b8 i64 h128 p32 TRAINING", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert seen == [("proj_size T100 B8 I64 H128 P32", ["training"])]
+
+
+def test_only_a_full_run_replaces_the_published_results():
+    assert command.parse([]).out == command.RESULTS
+    assert command.parse(["--quick"]).out == command.PARTIAL_RESULTS
+    assert command.parse(["--filter", "dense"]).out == command.PARTIAL_RESULTS
+
+
+@pytest.mark.skipif(not memory.RESET_PEAK.exists(), reason="needs Linux's /proc")
+def test_memory_counts_what_training_keeps():
+    case = Case("dense", 200, 32, 64, 64)
+    kept = 200 * 32 * 64 * 4 / 2**20  # y alone
+    inference, training = (memory.peak_mib(case, "stock", p, 1) for p in cases.PASSES)
+    assert inference > 0.5 * kept
+    assert training > inference + 4 * kept
+
+
+def test_sides_start_alike():
+    stock, ours = side(SMALL, "stock"), side(SMALL, "ours")
+    for a, b in zip(stock.leaves, ours.leaves, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,239 @@
+"""The LSTM's gradients as functions of their own, to be differentiated again (lstm.md).
+
+    lstm_gradients            Jᵀ d: the backward pass             B1 to B15
+    lstm_tangents             J u:  the forward pass' tangent      R1 to R8
+    lstm_gradient_tangents    the tangent of Jᵀ d along u          R9 to R21
+
+d are the gradients of the outputs, u tangents of the inputs. Because Jᵀ d is ∇⟨J u, d⟩ with respect
+to u, each is the others' derivative: the backward of Jᵀ d is J u for d and R{Jᵀ d} for the inputs;
+so is, with the roles exchanged, the backward of J u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_manual.functions._autocast import autocast_off
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward
+from torch_manual.kernels.lstm_tangent import lstm_backward_tangent, lstm_tangent
+from torch_manual.kernels.rows import previous
+
+Tensors = Sequence[Tensor | None]
+
+
+class Primal(NamedTuple):
+    """A forward pass: what went in, and what was kept of what came out."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor
+    batch_sizes: Tensor | None
+    y: Tensor
+    gates: Tensor
+    cells: Tensor
+    weights: Tensors
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> Primal:
+        return cls(*tensors[:7], tensors[7:])  # type: ignore[arg-type, call-arg]
+
+    def flat(self) -> Tensors:
+        return [*self[:7], *self.weights]
+
+
+class Factors(NamedTuple):
+    """What a direction's dpre and dh are multiplied with to give the weights' gradients."""
+
+    x: Tensor | None
+    h_prev: Tensor | None
+    m: Tensor | None
+    c_prev: Tensor | None
+    c: Tensor | None
+
+
+def lstm_gradients(
+    needs: Sequence[bool], outer: Tensors, p: Primal, samples: int | None = None
+) -> tuple[Tensor | None, ...]:
+    """Return dx, dh0, dc0, dpre, dh and the gradient of every weight.
+
+    Args:
+        needs: whether to compute the gradient of x, h0, c0 and each weight; else it is None.
+        outer: dy, dh_n, dc_n, dcells; None is zero.
+        p: the forward pass.
+        samples: if given, rows hold this many samples side by side, (row, sample), whose weights'
+            gradients are kept apart: these and dx then have a leading dimension of samples.
+    """
+    with autocast_off(p.gates):
+        dpre, dh, dh0, dc0 = lstm_backward(*outer, p.c0, p.batch_sizes, p.weights, p.gates, p.cells)
+        apart = _apart(samples)
+        dx = _dx(apart(dpre), p.weights) if needs[0] else None
+        dweights: list[Tensor | None] = []
+        for d, need in enumerate(by_direction(needs[3:])):
+            factors = Factors(*(None if t is None else apart(t) for t in _factors(need, p, d)))
+            dh_d = apart(dh[d]) if need.weight_hr else dh[d]
+            dweights += _sums(need, apart(dpre[d]), dh_d, factors, p, d)
+        return (
+            dx,
+            dh0 if needs[1] else None,
+            dc0 if needs[2] else None,
+            dpre,
+            dh,
+            *dweights,
+        )
+
+
+def lstm_tangents(u: Tensors, p: Primal) -> tuple[Tensor, ...]:
+    """Return the tangents of y, h_n, c_n, cells and gates along `u` = (tx, th0, tc0, *tweights)."""
+    tx, th0, tc0, *tweights = u
+    with autocast_off(p.x):
+        ty, th_n, tc_n, tgates, tcells = lstm_tangent(
+            tx, th0, tc0, tweights, *p[:4], p.weights, *p[4:7]
+        )
+    return ty, th_n, tc_n, tcells, tgates
+
+
+def lstm_gradient_tangents(
+    needs: Sequence[bool],
+    outer: Tensors,
+    touter: Tensors,
+    u: Tensors,
+    p: Primal,
+    ty: Tensor,
+    tgates: Tensor,
+    tcells: Tensor,
+    dpre: Tensor,
+    dh: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the tangents of dx, dh0, dc0 and the weights' gradients along `u`, in that order.
+
+    ty, tgates and tcells are those of `lstm_tangents` along `u`; dpre and dh of `lstm_gradients`;
+    `touter` the tangents of `outer`, None for zero.
+    """
+    tx, th0, tc0, *tweights = u
+    with autocast_off(p.gates):
+        tdpre, tdh, tdh0, tdc0 = lstm_backward_tangent(
+            outer,
+            touter,
+            dpre,
+            p.c0,
+            tc0,
+            p.batch_sizes,
+            p.weights,
+            tweights,
+            p.gates,
+            p.cells,
+            tgates,
+            tcells,
+        )
+        tdx = None
+        if needs[0]:
+            tdx = _add(_dx(tdpre, p.weights), _dx(dpre, tweights))  # R18
+        tdweights: list[Tensor | None] = []
+        for d, need in enumerate(by_direction(needs[3:])):
+            factors = _factors(need, p, d)
+            tfactors = _tangent_factors(need, p, d, tx, th0, tc0, ty, tgates, tcells)
+            products = need._replace(bias_ih=False, bias_hh=False)  # type: ignore[arg-type]
+            first = _sums(need, tdpre[d], tdh[d], factors, p, d)  # R19, R21
+            second = _sums(products, dpre[d], dh[d], tfactors, p, d)  # R20
+            tdweights += (_add(a, b) for a, b in zip(first, second, strict=True))
+        return tdx, tdh0 if needs[1] else None, tdc0 if needs[2] else None, *tdweights
+
+
+def _dx(dpre: Tensor, weights: Tensors) -> Tensor | None:
+    dx = None
+    for d, w in enumerate(by_direction(weights)):
+        if w.weight_ih is not None:
+            dx = _add(dx, dpre[d] @ w.weight_ih)  # B10
+    return dx
+
+
+def _factors(need: LSTMWeights, p: Primal, d: int) -> Factors:
+    """The factors that the needed gradients of direction d take."""
+    h_prev = m = c_prev = None
+    gates, cells = p.gates[d], p.cells[d]
+    if need.weight_hh:
+        h_prev = previous(_direction(p.y, p.h0, d), p.h0[d], p.batch_sizes, bool(d))
+    if need.weight_hr:
+        m = gates.chunk(4, -1)[3] * torch.tanh(cells)
+    if need.weight_ci or need.weight_cf:
+        c_prev = previous(cells, p.c0[d], p.batch_sizes, bool(d))
+    return Factors(p.x, h_prev, m, c_prev, cells)
+
+
+def _tangent_factors(
+    need: LSTMWeights,
+    p: Primal,
+    d: int,
+    tx: Tensor | None,
+    th0: Tensor | None,
+    tc0: Tensor | None,
+    ty: Tensor,
+    tgates: Tensor,
+    tcells: Tensor,
+) -> Factors:
+    th_prev = tm = tc_prev = None
+    if need.weight_hh:
+        before = torch.zeros_like(p.h0[d]) if th0 is None else th0[d]
+        th_prev = previous(_direction(ty, p.h0, d), before, p.batch_sizes, bool(d))
+    if need.weight_hr:
+        o, to = p.gates[d].chunk(4, -1)[3], tgates[d].chunk(4, -1)[3]
+        tanh_c = torch.tanh(p.cells[d])
+        tm = to * tanh_c + o * (1 - tanh_c**2) * tcells[d]
+    if need.weight_ci or need.weight_cf:
+        before = torch.zeros_like(p.c0[d]) if tc0 is None else tc0[d]
+        tc_prev = previous(tcells[d], before, p.batch_sizes, bool(d))
+    return Factors(tx, th_prev, tm, tc_prev, tcells[d])
+
+
+def _direction(y: Tensor, h0: Tensor, d: int) -> Tensor:
+    P = h0.shape[2]
+    return y[:, d * P : (d + 1) * P]
+
+
+def _sums(
+    need: LSTMWeights, dpre: Tensor, dh: Tensor, factors: Factors, p: Primal, d: int
+) -> LSTMWeights:
+    """The sums over all rows, taken once, as matrix products; None where not needed or zero."""
+    x, h_prev, m, c_prev, c = factors
+    w = by_direction(p.weights)[d]
+    dweight_ih = dpre.mT @ x if need.weight_ih and x is not None else None  # B11
+    dweight_hh = dpre.mT @ h_prev if h_prev is not None else None  # B12
+    dbias_ih = dpre.sum(-2) if need.bias_ih else None  # B13
+    dbias_hh = None
+    if need.bias_hh:
+        dbias_hh = dpre.sum(-2) if dbias_ih is None else dbias_ih.clone()
+    dweight_hr = dh.mT @ m if m is not None else None  # B14
+    dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
+    return LSTMWeights(
+        dweight_ih,  # type: ignore[arg-type]
+        dweight_hh,  # type: ignore[arg-type]
+        dbias_ih,
+        dbias_hh,
+        dweight_hr,
+        _peephole_sum(dpre_i, c_prev, w.weight_ci) if need.weight_ci else None,  # B15
+        _peephole_sum(dpre_f, c_prev, w.weight_cf) if need.weight_cf else None,
+        _peephole_sum(dpre_o, c, w.weight_co) if need.weight_co else None,
+    )
+
+
+def _peephole_sum(dpre: Tensor, c: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    if c is None or weight is None:
+        return None
+    return (dpre * c).sum(-2) if weight.dim() == 1 else dpre.mT @ c
+
+
+def _apart(samples: int | None) -> Callable[[Tensor], Tensor]:
+    """(…, row·sample, K) → (…, sample, row, K); the identity without samples."""
+    if samples is None:
+        return lambda t: t
+    return lambda t: t.unflatten(-2, (-1, samples)).transpose(-2, -3)
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

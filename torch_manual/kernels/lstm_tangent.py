@@ -1,0 +1,323 @@
+"""The LSTM recurrence differentiated once more: Pearlmutter's R-operator as opaque ops.
+
+    torch_manual::lstm_tangent           tangents of the inputs → tangents of the outputs, R1 to R8
+    torch_manual::lstm_backward_tangent  the same of lstm_backward's outputs,             R9 to R17
+
+`tX` is the tangent of X and has its shape; a tangent that is None is zero. The equations are those
+of docs/derivations/lstm.md, the shapes those of kernels/lstm.py. Together the two ops serve forward
+mode, double backward and Hessian-vector products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_manual.kernels.lstm import (
+    LSTMWeights,
+    _cast,
+    _compute_dtype,
+    _peep,
+    _peep_back,
+    by_direction,
+)
+from torch_manual.kernels.rows import previous, steps
+
+
+def _tangent(
+    tx: Tensor | None,
+    th0: Tensor | None,
+    tc0: Tensor | None,
+    tweights: Sequence[Tensor | None],
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(x)
+    P = h0.shape[2]
+    results = [
+        _tangent_direction(
+            _to(tx, dtype),
+            torch.zeros_like(h0[d], dtype=dtype) if th0 is None else th0[d].to(dtype, copy=True),
+            torch.zeros_like(c0[d], dtype=dtype) if tc0 is None else tc0[d].to(dtype, copy=True),
+            _cast(tw, dtype),
+            x.to(dtype),
+            previous(y[:, d * P : (d + 1) * P], h0[d], batch_sizes, bool(d)).to(dtype),
+            previous(cells[d], c0[d], batch_sizes, bool(d)).to(dtype),
+            batch_sizes,
+            _cast(w, dtype),
+            gates[d].to(dtype),
+            cells[d].to(dtype),
+            reverse=bool(d),
+        )
+        for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True))
+    ]
+    ty, th_n, tc_n, tgates, tcells = zip(*results, strict=True)
+    out = torch.cat(ty, -1), *(torch.stack(t) for t in (th_n, tc_n, tgates, tcells))
+    return tuple(t.to(x.dtype) for t in out)  # type: ignore[return-value]
+
+
+def _tangent_direction(
+    tx: Tensor | None,
+    th: Tensor,
+    tc: Tensor,
+    tw: LSTMWeights,
+    x: Tensor,
+    h_before: Tensor,
+    c_before: Tensor,
+    batch_sizes: Tensor | None,
+    w: LSTMWeights,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ty = x.new_empty(len(x), th.shape[1])
+    tgates, tcells = torch.empty_like(gates), torch.empty_like(cells)
+    input_part = torch.zeros_like(gates)
+    for a, b in ((tx, w.weight_ih), (x, tw.weight_ih), (h_before, tw.weight_hh)):
+        if a is not None and b is not None:
+            input_part += a @ b.T
+    for tbias in (tw.bias_ih, tw.bias_hh):
+        if tbias is not None:
+            input_part += tbias
+    order = steps(len(x), len(th), batch_sizes)
+    for rows in reversed(order) if reverse else order:
+        alive = slice(rows.stop - rows.start)
+        i, f, g, o = gates[rows].chunk(4, -1)
+        c_prev, tc_prev, c = c_before[rows], tc[alive], cells[rows]
+        tanh_c = torch.tanh(c)
+        tpre = input_part[rows] + th[alive] @ w.weight_hh.T  # R1
+        tpre_i, tpre_f, tpre_g, tpre_o = tpre.chunk(4, -1)
+        tpre_i = _peep(_peep(tpre_i, tc_prev, w.weight_ci), c_prev, tw.weight_ci)
+        tpre_f = _peep(_peep(tpre_f, tc_prev, w.weight_cf), c_prev, tw.weight_cf)
+        ti = i * (1 - i) * tpre_i  # R2
+        tf = f * (1 - f) * tpre_f  # R3
+        tg = (1 - g**2) * tpre_g  # R4
+        tc[alive] = tf * c_prev + f * tc_prev + ti * g + i * tg  # R5
+        tpre_o = _peep(_peep(tpre_o, tc[alive], w.weight_co), c, tw.weight_co)
+        to = o * (1 - o) * tpre_o  # R6
+        tm = to * tanh_c + o * (1 - tanh_c**2) * tc[alive]  # R7
+        th[alive] = _project(tm, w.weight_hr) + _project_by(o * tanh_c, tw.weight_hr)  # R8
+        ty[rows], tcells[rows], tgates[rows] = th[alive], tc[alive], torch.cat([ti, tf, tg, to], -1)
+    return ty, th, tc, tgates, tcells
+
+
+def _backward_tangent(
+    outer: Sequence[Tensor | None],
+    touter: Sequence[Tensor | None],
+    dpre: Tensor,
+    c0: Tensor,
+    tc0: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    tweights: Sequence[Tensor | None],
+    gates: Tensor,
+    cells: Tensor,
+    tgates: Tensor,
+    tcells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`outer` is dy, dh_n, dc_n, dcells and `touter` their tangents; `dpre` is lstm_backward's."""
+    dtype = _compute_dtype(gates)
+    tc0 = torch.zeros_like(c0) if tc0 is None else tc0
+    results = []
+    for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True)):
+        results.append(
+            _backward_tangent_direction(
+                _outer_direction(outer, d, w, c0, gates, dtype),
+                _outer_direction(touter, d, w, c0, gates, dtype),
+                dpre[d].to(dtype),
+                previous(cells[d], c0[d], batch_sizes, bool(d)).to(dtype),
+                previous(tcells[d], tc0[d], batch_sizes, bool(d)).to(dtype),
+                batch_sizes,
+                _cast(w, dtype),
+                _cast(tw, dtype),
+                gates[d].to(dtype),
+                cells[d].to(dtype),
+                tgates[d].to(dtype),
+                tcells[d].to(dtype),
+                reverse=bool(d),
+            )
+        )
+    tdpre, tdh, tdh0, tdc0 = (torch.stack(t).to(gates.dtype) for t in zip(*results, strict=True))
+    return tdpre, tdh, tdh0, tdc0
+
+
+def _backward_tangent_direction(
+    outer: tuple[Tensor, ...],
+    touter: tuple[Tensor, ...],
+    dpre: Tensor,
+    c_before: Tensor,
+    tc_before: Tensor,
+    batch_sizes: Tensor | None,
+    w: LSTMWeights,
+    tw: LSTMWeights,
+    gates: Tensor,
+    cells: Tensor,
+    tgates: Tensor,
+    tcells: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy, dh_next, dc_next, dcells = outer
+    tdy, tdh_next, tdc_next, tdcells = touter
+    tdpre = torch.empty_like(dpre)
+    tdh_rows = torch.empty_like(dy) if w.weight_hr is not None else dy.new_empty(0)
+    sent_back = dpre @ w.weight_hh
+    if tw.weight_hh is not None:
+        tsent_back = dpre @ tw.weight_hh
+    order = steps(len(dy), len(dh_next), batch_sizes)
+    for rows in order if reverse else reversed(order):
+        alive = slice(rows.stop - rows.start)
+        (i, f, g, o), (ti, tf, tg, to) = gates[rows].chunk(4, -1), tgates[rows].chunk(4, -1)
+        c_prev, tc_prev, tc = c_before[rows], tc_before[rows], tcells[rows]
+        tanh_c = torch.tanh(cells[rows])
+        dpre_i, dpre_f, _, dpre_o = dpre[rows].chunk(4, -1)
+        dh = dy[rows] + dh_next[alive]
+        dm = dh if w.weight_hr is None else dh @ w.weight_hr
+        dc = dc_next[alive] + dcells[rows] + dm * o * (1 - tanh_c**2)
+        dc = dc + _peep_back(dpre_o, w.weight_co)
+        tdh = tdy[rows] + tdh_next[alive]  # R9
+        tdm = tdh if w.weight_hr is None else tdh @ w.weight_hr + _product(dh, tw.weight_hr)  # R10
+        tdpre_o = (  # R11
+            (tdm * tanh_c + dm * (1 - tanh_c**2) * tc) * o * (1 - o)
+            + dm * tanh_c * (1 - 2 * o) * to
+        )
+        tdc = (  # R12
+            tdc_next[alive]
+            + tdcells[rows]
+            + (tdm * o + dm * to - 2 * dm * o * tanh_c * tc) * (1 - tanh_c**2)
+            + _peep_back(tdpre_o, w.weight_co)
+            + _peep_back(dpre_o, tw.weight_co)
+        )
+        tdpre_i = (tdc * g + dc * tg) * i * (1 - i) + dc * g * (1 - 2 * i) * ti  # R13
+        tdpre_f = (tdc * c_prev + dc * tc_prev) * f * (1 - f)  # R14
+        tdpre_f += dc * c_prev * (1 - 2 * f) * tf
+        tdpre_g = (tdc * i + dc * ti) * (1 - g**2) - 2 * dc * i * g * tg  # R15
+        tdc_next[alive] = (  # R16
+            tdc * f
+            + dc * tf
+            + _peep_back(tdpre_i, w.weight_ci)
+            + _peep_back(dpre_i, tw.weight_ci)
+            + _peep_back(tdpre_f, w.weight_cf)
+            + _peep_back(dpre_f, tw.weight_cf)
+        )
+        tdpre[rows] = torch.cat([tdpre_i, tdpre_f, tdpre_g, tdpre_o], -1)
+        tdh_next[alive] = tdpre[rows] @ w.weight_hh  # R17
+        if tw.weight_hh is not None:
+            tdh_next[alive] += tsent_back[rows]
+        dc_next[alive] = dc * f + _peep_back(dpre_i, w.weight_ci) + _peep_back(dpre_f, w.weight_cf)
+        dh_next[alive] = sent_back[rows]
+        if w.weight_hr is not None:
+            tdh_rows[rows] = tdh
+    return tdpre, tdh_rows, tdh_next, tdc_next
+
+
+def _outer_direction(
+    outer: Sequence[Tensor | None],
+    d: int,
+    w: LSTMWeights,
+    c0: Tensor,
+    gates: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """dy, dh_n, dc_n and dcells of one direction, zeros for None, the carries free to change."""
+    dy, dh_n, dc_n, dcells = outer
+    (B, H), N, P = c0.shape[1:], gates.shape[1], w.weight_hh.shape[1]
+
+    def get(t: Tensor | None, *shape: int) -> Tensor:
+        if t is None:
+            return gates.new_zeros(shape, dtype=dtype)
+        return t.to(dtype, copy=True)
+
+    return (
+        get(None if dy is None else dy[:, d * P : (d + 1) * P], N, P),
+        get(None if dh_n is None else dh_n[d], B, P),
+        get(None if dc_n is None else dc_n[d], B, H),
+        get(None if dcells is None else dcells[d], N, H),
+    )
+
+
+def _project(m: Tensor, weight_hr: Tensor | None) -> Tensor:
+    return m if weight_hr is None else m @ weight_hr.T
+
+
+def _project_by(m: Tensor, tweight_hr: Tensor | None) -> Tensor | int:
+    return 0 if tweight_hr is None else m @ tweight_hr.T
+
+
+def _product(a: Tensor, b: Tensor | None) -> Tensor | int:
+    return 0 if b is None else a @ b
+
+
+def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+def _fake_tangent(
+    tx: Tensor | None,
+    th0: Tensor | None,
+    tc0: Tensor | None,
+    tweights: Sequence[Tensor | None],
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (y, h0, c0, gates, cells))
+
+
+def _fake_backward_tangent(
+    outer: Sequence[Tensor | None],
+    touter: Sequence[Tensor | None],
+    dpre: Tensor,
+    c0: Tensor,
+    tc0: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    tweights: Sequence[Tensor | None],
+    gates: Tensor,
+    cells: Tensor,
+    tgates: Tensor,
+    tcells: Tensor,
+) -> tuple[Tensor, ...]:
+    w = by_direction(weights)[0]
+    (D, N, _), B, P = gates.shape, c0.shape[1], w.weight_hh.shape[1]
+    shapes = gates.shape, (D, 0) if w.weight_hr is None else (D, N, P), (D, B, P), c0.shape
+    return tuple(gates.new_empty(shape) for shape in shapes)
+
+
+for _name, _schema, _plain, _fake in (
+    (
+        "torch_manual::lstm_tangent",
+        "(Tensor? tx, Tensor? th0, Tensor? tc0, Tensor?[] tweights, Tensor x, Tensor h0, Tensor c0,"
+        " Tensor? batch_sizes, Tensor?[] weights, Tensor y, Tensor gates, Tensor cells)"
+        " -> (Tensor ty, Tensor th_n, Tensor tc_n, Tensor tgates, Tensor tcells)",
+        _tangent,
+        _fake_tangent,
+    ),
+    (
+        "torch_manual::lstm_backward_tangent",
+        "(Tensor?[] outer, Tensor?[] touter, Tensor dpre, Tensor c0, Tensor? tc0,"
+        " Tensor? batch_sizes, Tensor?[] weights, Tensor?[] tweights, Tensor gates, Tensor cells,"
+        " Tensor tgates, Tensor tcells)"
+        " -> (Tensor tdpre, Tensor tdh, Tensor tdh0, Tensor tdc0)",
+        _backward_tangent,
+        _fake_backward_tangent,
+    ),
+):
+    torch.library.define(_name, _schema)
+    torch.library.impl(_name, "default", _plain)
+    torch.library.register_fake(_name, _fake)
+
+lstm_tangent = torch.ops.torch_manual.lstm_tangent.default
+lstm_backward_tangent = torch.ops.torch_manual.lstm_backward_tangent.default

@@ -1,0 +1,1 @@
+"""Ours against stock, in one run: `python -m benchmarks`."""

@@ -1,0 +1,216 @@
+"""The rows of a run as CSV, Markdown and a plot, and what is asked of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plot
+from benchmarks.cases import Target
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report. A row whose result is wrong has no figures."""
+
+    case: str
+    pass_: str
+    T: int
+    B: int
+    I: int
+    H: int
+    P: int
+    dtype: str
+    threads: int
+    group: str
+    status: str = ""  # "", "noisy" or "WRONG: …"
+    stock_ms: float | None = None
+    ours_ms: float | None = None
+    ratio: float | None = None
+    limit_share: float | None = None
+    gemm_peak_gflops: float | None = None
+    stock_mib: float | None = None
+    ours_mib: float | None = None
+    rounds: int = 0
+    rejected: int = 0
+
+    @property
+    def wrong(self) -> bool:
+        return self.status.startswith("WRONG")
+
+    @property
+    def label(self) -> str:
+        proj = "" if self.P == self.H else f" P{self.P}"
+        return f"{self.case} · T{self.T} B{self.B} I{self.I} H{self.H}{proj}"
+
+
+def write(
+    out: Path,
+    stem: str,
+    rows: Sequence[Row],
+    machine: Mapping[str, str],
+    targets: Mapping[str, Target],
+) -> None:
+    """Write `stem`.csv, `stem`.md and `stem`.png into `out`."""
+    write_csv(out / f"{stem}.csv", rows)
+    markdown = to_markdown(rows, machine, targets)
+    write_atomically(out / f"{stem}.md", lambda path: path.write_text(markdown))
+    write_atomically(out / f"{stem}.png", lambda path: plot.save(path, rows, machine))
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(field.name.rstrip("_") for field in fields(Row))
+    table.writerows(map(_plain, astuple(row)) for row in rows)
+    write_atomically(path, lambda unfinished: unfinished.write_text(text.getvalue()))
+
+
+def _plain(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+VERDICT_HEAD = ("group", "rows", "minimum", "target", "geometric mean", "target", "")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    group: str
+    rows: int
+    noisy: int
+    minimum: float
+    mean: float
+    target: Target
+
+    @property
+    def outcome(self) -> str:
+        """Noise proves nothing: a group with a noisy row neither meets nor misses its target."""
+        if self.noisy:
+            return f"unknown: {self.noisy} noisy"
+        met = self.minimum >= self.target.minimum and self.mean >= (self.target.mean or 0.0)
+        return "met" if met else "missed"
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Return the verdict as a line of a table, under `VERDICT_HEAD`."""
+        return (
+            self.group,
+            str(self.rows),
+            f"{self.minimum:.2f}",
+            f"{self.target.minimum:.2f}",
+            f"{self.mean:.2f}",
+            _number(self.target.mean, ".2f"),
+            self.outcome,
+        )
+
+
+def verdicts(rows: Sequence[Row], targets: Mapping[str, Target]) -> list[Verdict]:
+    """Return how each group fares, on the most threads that were timed.
+
+    A wrong row counts as a ratio of 0, since it has no time.
+    """
+    threads = max(row.threads for row in rows)
+    found = []
+    for group, target in targets.items():
+        members = [row for row in rows if row.group == group and row.threads == threads]
+        ratios = [row.ratio or 0.0 for row in members]
+        if ratios:
+            mean = statistics.geometric_mean(ratios) if min(ratios) > 0 else 0.0
+            noisy = sum(row.status == "noisy" for row in members)
+            found.append(Verdict(group, len(ratios), noisy, min(ratios), mean, target))
+    return found
+
+
+EXPLANATION = (
+    "Ratio is stock's time over ours: above 1 we are faster, **bold ▼** we are slower. "
+    "In rows named “vs ours” our plain LSTM takes stock's place. The GEMM limit is the time the "
+    "matrix products alone would take at the GEMM peak, measured beside each row with torch.mm. "
+    "MiB: the peak of one call beyond weights and inputs."
+)
+
+
+def to_markdown(
+    rows: Sequence[Row], machine: Mapping[str, str], targets: Mapping[str, Target]
+) -> str:
+    threads = max(row.threads for row in rows)
+    blocks = [
+        "# Ours against stock",
+        "\n".join(f"- {name}: {value}" for name, value in machine.items()),
+        EXPLANATION,
+        f"## Targets, {threads} thread{'s' * (threads > 1)}",
+        _table(VERDICT_HEAD, [verdict.cells for verdict in verdicts(rows, targets)]),
+        *_limit_line(rows, threads),
+        "## Rows",
+        _row_table(rows),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _limit_line(rows: Sequence[Row], threads: int) -> list[str]:
+    shares = [
+        row.limit_share
+        for row in rows
+        if row.pass_ == "training" and row.H >= 256 and row.T > 1 and row.threads == threads
+        if row.dtype == "float32" and row.limit_share is not None
+    ]
+    if not shares:
+        return []
+    return [
+        f"Share of the GEMM limit in float32 training at H ≥ 256: {min(shares):.2f} to "
+        f"{max(shares):.2f} (aim: 0.80)."
+    ]
+
+
+def _row_table(rows: Sequence[Row]) -> str:
+    head = (
+        *("case", "pass", "T", "B", "I", "H", "P", "dtype", "threads", "stock ms", "ours ms"),
+        *("ratio", "share of GEMM limit", "GEMM peak GFLOP/s", "stock MiB", "ours MiB"),
+    )
+    body = [
+        (
+            *(row.case, row.pass_, *map(str, (row.T, row.B, row.I, row.H, row.P))),
+            *(row.dtype, str(row.threads)),
+            _number(row.stock_ms, ".3g"),
+            _number(row.ours_ms, ".3g"),
+            _ratio(row),
+            _number(row.limit_share, ".2f"),
+            _number(row.gemm_peak_gflops, ".0f"),
+            _number(row.stock_mib, ".1f"),
+            _number(row.ours_mib, ".1f"),
+        )
+        for row in rows
+    ]
+    return _table(head, body)
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None:
+        return f"**{row.status}**"
+    shown = f"**{row.ratio:.2f} ▼**" if row.ratio < 1 else f"{row.ratio:.2f}"
+    return f"{shown} (noisy)" if row.status == "noisy" else shown
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "—" if value is None else format(value, spec)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,29 @@
+// The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return 0, or 1
+// when memory ran out.
+#include "lstm_backward.h"
+#include "lstm_forward.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int lstm_forward_float32(const ForwardArguments<float>* a) {
+    return run_layer<Forward<float>>(*a);
+}
+EXPORT int lstm_forward_float64(const ForwardArguments<double>* a) {
+    return run_layer<Forward<double>>(*a);
+}
+EXPORT int lstm_backward_float32(const BackwardArguments<float>* a) {
+    return run_layer<Backward<float>>(*a);
+}
+EXPORT int lstm_backward_float64(const BackwardArguments<double>* a) {
+    return run_layer<Backward<double>>(*a);
+}
+
+// The best of the instruction sets built that this processor has.
+EXPORT const char* best_instruction_set() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+    return "baseline";
+}

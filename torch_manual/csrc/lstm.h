@@ -1,0 +1,172 @@
+// The LSTM recurrence of one layer, forward and backward (equations: docs/derivations/lstm.md).
+//
+// T steps, B sequences, N rows (T·B, or Σ batch_sizes when packed), I inputs, H hidden units,
+// P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o. All tensors are
+// dense, in C order, unless a stride is named. A pointer marked "or null" may be left out.
+//
+// torch_manual/kernels/cpu.py fills these structures: every member takes eight bytes.
+#pragma once
+
+#include <cstring>
+
+#include "product.h"
+#include "threads.h"
+
+namespace {
+
+template <typename real>
+struct Weights {
+    const real* weight_ih;   // (4H, I)
+    const real* weight_hh;   // (4H, P)
+    const real* bias_ih;     // (4H,) or null
+    const real* bias_hh;     // (4H,) or null
+    const real* weight_hr;   // (P, H) or null: then h = m and P = H
+    const real* weight_ci;   // (H,) diagonal or (H, H) full, or null
+    const real* weight_cf;   // likewise
+    const real* weight_co;   // likewise
+};
+
+// What both passes are told about the shape of the work.
+struct Sizes {
+    int64_t T, B, I, H, P, D;
+    int64_t full_peepholes;      // 1: weight_ci, weight_cf, weight_co are (H, H)
+    Grid grid;                   // the threads to use
+    const int64_t* batch_sizes;  // (T,) falling, first B; or null: every step has B rows
+};
+
+template <typename real>
+struct ForwardArguments {
+    Sizes sizes;
+    int64_t unpacked;  // 1: few rows in all, read the weights where they are
+    const real* x;     // (N, I)
+    const real* h0;    // (D, B, P)
+    const real* c0;    // (D, B, H)
+    real* y;           // (N, D·P)
+    real* h_n;         // (D, B, P)
+    real* c_n;         // (D, B, H)
+    real* gates;       // (D, N, 4H), or null when no backward pass follows
+    real* cells;       // (D, N, H), or null
+    Weights<real> weights[2];
+};
+
+template <typename real>
+struct BackwardArguments {
+    Sizes sizes;
+    const real* dy;      // (N, D·P) or null
+    int64_t stride_dy;   // between the rows of dy; 0 when they are all the same one
+    const real* dh_n;    // (D, B, P) or null
+    const real* dc_n;    // (D, B, H) or null
+    const real* dcells;  // (D, N, H) or null
+    const real* c0;      // (D, B, H)
+    const real* gates;   // (D, N, 4H)
+    const real* cells;   // (D, N, H)
+    real* dpre;          // (D, N, 4H)
+    real* dh;            // (D, N, P), or null without weight_hr
+    real* dh0;           // (D, B, P)
+    real* dc0;           // (D, B, H); holds dc_next throughout
+    Weights<real> weights[2];
+};
+
+// Which rows belong to which step. Sequences are sorted by falling length, so that those alive at
+// step t are the first ones.
+struct Rows {
+    const Sizes* sizes;
+    int64_t* starts;  // (T + 1,) when packed
+
+    void plan(Workspace& workspace, const Sizes& s) {
+        sizes = &s;
+        starts = s.batch_sizes ? workspace.take<int64_t>(s.T + 1) : nullptr;
+    }
+    void fill() {
+        if (!starts) return;
+        starts[0] = 0;
+        for (int64_t t = 0; t < sizes->T; t++) starts[t + 1] = starts[t] + sizes->batch_sizes[t];
+    }
+    // The first row of step t; of step T, N.
+    int64_t start(int64_t t) const { return starts ? starts[t] : t * sizes->B; }
+    // How many sequences are alive at step t; none before the first step and after the last.
+    int64_t alive(int64_t t) const {
+        if (t < 0 || t >= sizes->T) return 0;
+        return starts ? sizes->batch_sizes[t] : sizes->B;
+    }
+    // The length of sequence b, given the length `at_least` as long of the one before it.
+    int64_t length(int64_t b, int64_t at_least) const {
+        while (starts && at_least > 0 && sizes->batch_sizes[at_least - 1] <= b) at_least--;
+        return at_least;
+    }
+    // Share `index` of the sequences, divided so that all shares have about as many rows.
+    Range share_sequences(int64_t index, int64_t parts) const {
+        const int64_t N = start(sizes->T);
+        Range range = {0, 0};
+        int64_t length_b = sizes->T, before = 0;
+        for (int64_t b = 0; b < sizes->B; b++) {
+            if (before * parts < N * index) range.begin = b + 1;
+            if (before * parts < N * (index + 1)) range.end = b + 1;
+            length_b = length(b, length_b);
+            before += length_b;
+        }
+        return range;
+    }
+};
+
+// The stride of rows of n numbers: whole cache lines, and no multiple of 1 KB, at which the rows of
+// a tile would share a few sets of the L1 cache.
+template <typename real>
+int64_t row_stride(int64_t n) {
+    constexpr int64_t line = 64 / sizeof(real);
+    const int64_t stride = round_up(n, line);
+    return stride * sizeof(real) % 1024 == 0 ? stride + line : stride;
+}
+
+// How a thread takes part in one direction: its sequences, its share of every list of panels.
+struct Part {
+    Range sequences;
+    int64_t unit, units;
+    Barrier* barrier;
+
+    void barrier_wait() const {
+        if (units > 1) barrier->wait();
+    }
+
+    // Covers sequences [first, end) of this part with the tiles of a stage of `n_panels` panels.
+    template <typename Stage>
+    void cover(const Stage& stage, int64_t first, int64_t end, int64_t n_panels) const {
+        const int64_t from = first > sequences.begin ? first : sequences.begin;
+        const Range panels = share(n_panels, unit, units);
+        if (from < least(end, sequences.end))
+            ::cover(stage, from, least(end, sequences.end), panels.begin, panels.end);
+    }
+};
+
+// Runs both directions of a Forward or Backward pass on the grid. `Pass` has plan(), prepare(), the
+// share of one thread in what comes before the first step, and run().
+template <typename Pass, typename Arguments>
+int run_layer(const Arguments& a) {
+    const Sizes& sizes = a.sizes;
+    Workspace workspace;
+    Rows rows;
+    Pass directions[2];
+    Barrier* barriers = nullptr;
+    const int64_t n_barriers = sizes.grid.directions * sizes.grid.batches;
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass == 1 && !workspace.allocate()) return 1;
+        rows.plan(workspace, sizes);
+        barriers = workspace.take<Barrier>(n_barriers);
+        for (int64_t d = 0; d < sizes.D; d++) directions[d].plan(workspace, a, d, rows);
+    }
+    rows.fill();
+    for (int64_t k = 0; k < n_barriers; k++) barriers[k] = Barrier((int)sizes.grid.units);
+    run_on(sizes.grid, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
+        for (int64_t d = 0; d < sizes.D; d++) directions[d].prepare(thread, grid.size());
+        everyone.wait();
+        const Place place = place_in(grid, thread);
+        const Range mine = share(sizes.D, place.direction, grid.directions);
+        Barrier* team = &barriers[place.direction * grid.batches + place.batch];
+        const Part part = {rows.share_sequences(place.batch, grid.batches), place.unit, grid.units,
+                           team};
+        for (int64_t d = mine.begin; d < mine.end; d++) directions[d].run(part, place.batch);
+    });
+    return 0;
+}
+
+}  // namespace

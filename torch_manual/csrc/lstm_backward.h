@@ -1,0 +1,298 @@
+// The backward recurrence: B1 to B8 as the epilogue of dpre_{t+1} W_hh (B9), a tile at a time.
+#pragma once
+
+#include "lstm.h"
+
+namespace {
+
+template <typename real>
+struct Backward {
+    using vec = vec_of<real>;
+    static constexpr int L = Vector<real>::lanes;
+
+    const BackwardArguments<real>* args;
+    Rows rows;
+    Weights<real> w;
+    int64_t T, B, H, P, reverse;
+    int64_t pairs, panels_p;  // of 2L units, of 2L outputs
+
+    // Borrowed memory. Panels of 2L outputs: hh (4H, 2L). Of 2L units: hr (P, 2L), and the full
+    // peepholes out of i and f, (2H, 2L), and out of o, (H, 2L).
+    real *hh, *hr, *peep_if, *peep_o;
+    real* dpre[2];  // (B, stride_dpre): a step reads one and writes the other
+    real* dh;       // (B, stride_dh), with weight_hr
+    int64_t stride_dpre, stride_dh;
+
+    // One step as its tiles see it; row b of each is sequence b.
+    struct Step {
+        const real *dpre_next, *dy, *gates, *cells, *cells_prev, *dcells;
+        real *dpre_kept, *dpre, *dh;
+        int64_t going_on;   // sequences from this one on begin (backwards) at this step, at dh_n
+        int64_t has_prev;   // sequences from this one on had c0 before this step
+        bool product;       // whether the tile's rows are sent anything by dpre_next
+    };
+
+    bool full() const { return args->sizes.full_peepholes; }
+
+    void plan(Workspace& workspace, const BackwardArguments<real>& a, int64_t d, const Rows& r) {
+        args = &a, rows = r, w = a.weights[d], reverse = d;
+        const Sizes& s = a.sizes;
+        T = s.T, B = s.B, H = s.H, P = s.P;
+        pairs = (H + 2 * L - 1) / (2 * L), panels_p = (P + 2 * L - 1) / (2 * L);
+        stride_dpre = row_stride<real>(4 * H), stride_dh = row_stride<real>(P);
+        hh = workspace.take<real>(panels_p * 4 * H * 2 * L);
+        hr = workspace.take<real>(w.weight_hr ? pairs * P * 2 * L : 0);
+        peep_if = workspace.take<real>(full() ? pairs * 2 * H * 2 * L : 0);
+        peep_o = workspace.take<real>(full() ? pairs * H * 2 * L : 0);
+        for (int k = 0; k < 2; k++) dpre[k] = workspace.take<real>(B * stride_dpre);
+        dh = workspace.take<real>(w.weight_hr ? B * stride_dh : 0);
+    }
+
+    // Packs the weights and sets dc_next before the last step.
+    void prepare(int64_t thread, int64_t threads) {
+        const Range of_outputs = share(panels_p, thread, threads);
+        for (int64_t p = of_outputs.begin; p < of_outputs.end; p++)
+            if (packed(p)) pack_columns(hh + p * 4 * H * 2 * L, w.weight_hh, p * 2 * L, P, 4 * H);
+        const Range of_units = share(pairs, thread, threads);
+        for (int64_t p = of_units.begin; p < of_units.end; p++) {
+            if (w.weight_hr) pack_columns(hr + p * P * 2 * L, w.weight_hr, p * 2 * L, H, P);
+            if (!full()) continue;
+            real* to = peep_if + p * 2 * H * 2 * L;
+            pack_peephole(to, w.weight_ci, p);
+            pack_peephole(to + H * 2 * L, w.weight_cf, p);
+            pack_peephole(peep_o + p * H * 2 * L, w.weight_co, p);
+        }
+        const Range sequences = share(B, thread, threads);
+        real* dc = args->dc0 + (reverse * B + sequences.begin) * H;
+        const int64_t n = (sequences.end - sequences.begin) * H;
+        if (args->dc_n)
+            memcpy(dc, args->dc_n + (reverse * B + sequences.begin) * H, n * sizeof(real));
+        else
+            memset(dc, 0, n * sizeof(real));
+    }
+
+    void pack_peephole(real* to, const real* weight, int64_t pair) const {
+        if (weight) return pack_columns(to, weight, pair * 2 * L, H, H);
+        memset(to, 0, H * 2 * L * sizeof(real));
+    }
+
+    // A single step uses W_hh once: it is read where it is, but for a panel wider than what is left.
+    bool packed(int64_t panel) const { return T > 1 || (panel + 1) * 2 * L > P; }
+
+    void run(const Part& part, int64_t) const {
+        for (int64_t s = T - 1; s >= 0; s--) {
+            const int64_t t = reverse ? T - 1 - s : s;
+            const int64_t next = reverse ? t - 1 : t + 1, prev = reverse ? t + 1 : t - 1;
+            Step step = step_at(t, s, prev);
+            step.going_on = rows.alive(next), step.has_prev = rows.alive(prev);
+            run_step(part, step, rows.alive(t));
+            finish(part, step, step.has_prev, rows.alive(t));
+        }
+    }
+
+    Step step_at(int64_t t, int64_t s, int64_t prev) const {
+        const int64_t N = rows.start(T), start = rows.start(t), row = reverse * N + start;
+        Step step = {};
+        step.dpre_next = dpre[~s & 1], step.dpre_kept = dpre[s & 1];
+        if (args->dy) step.dy = args->dy + start * args->stride_dy + reverse * P;
+        step.gates = args->gates + row * 4 * H;
+        step.cells = args->cells + row * H;
+        step.cells_prev = rows.alive(prev) ? args->cells + (reverse * N + rows.start(prev)) * H : nullptr;
+        if (args->dcells) step.dcells = args->dcells + row * H;
+        step.dpre = args->dpre + row * 4 * H;
+        if (w.weight_hr) step.dh = args->dh + row * P;
+        return step;
+    }
+
+    // Covers the sequences that go on with tiles that have a product, and the others without.
+    template <typename Tile>
+    void cover_step(const Part& part, Step step, int64_t alive, int64_t n_panels) const {
+        step.product = true;
+        part.cover(Tile{this, &step}, 0, least(step.going_on, alive), n_panels);
+        step.product = false;
+        part.cover(Tile{this, &step}, step.going_on, alive, n_panels);
+    }
+
+    void run_step(const Part& part, const Step& step, int64_t alive) const {
+        if (w.weight_hr) {
+            cover_step<OutputTile>(part, step, alive, panels_p);
+            part.barrier_wait();
+        }
+        cover_step<CellTile>(part, step, alive, pairs);
+        part.barrier_wait();
+        if (full()) {
+            cover_step<PeepholeTile>(part, step, alive, pairs);
+            part.barrier_wait();
+        }
+    }
+
+    // dh0, and dc0 with full peepholes, of the sequences [first, end) whose first step this was.
+    void finish(const Part& part, const Step& step, int64_t first, int64_t end) const {
+        part.cover(InitialTile{this, &step, 0}, first, end, panels_p);
+        if (full()) part.cover(InitialTile{this, &step, 1}, first, end, pairs);
+    }
+
+    // B9, dpre W_hh, for 2L outputs.
+    template <int ROWS>
+    INLINE void add_recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel) const {
+        const bool whole = packed(panel);
+        const real* weight = whole ? hh + panel * 4 * H * 2 * L : w.weight_hh + panel * 2 * L;
+        const int64_t step = whole ? 2 * L : P;
+        add_product(sum, from + row * stride_dpre, stride_dpre, weight, step, 4 * H);  // B9
+    }
+
+    template <int ROWS>
+    INLINE void add_peepholes_if(vec (&sum)[ROWS][2], const real* from, int64_t row,
+                                 int64_t pair) const {
+        const real* weight = peep_if + pair * 2 * H * 2 * L;
+        add_product(sum, from + row * stride_dpre, stride_dpre, weight, 2 * L, 2 * H);
+    }
+
+    // B1 for outputs p to p + L of sequence b; `sent` is what the next step sent back.
+    INLINE vec dh_at(const Step& step, int64_t b, int64_t p, vec sent) const {
+        const int64_t lanes = P - p;
+        vec dh_b = sent;
+        if (step.dy) dh_b += load(step.dy + b * args->stride_dy + p, lanes);  // B1
+        if (b >= step.going_on && args->dh_n)
+            dh_b += load(args->dh_n + (reverse * B + b) * P + p, lanes);
+        return dh_b;
+    }
+
+    struct OutputTile {
+        static constexpr int max_rows = narrow_rows;
+        const Backward* self;
+        const Step* step;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+            const Backward& f = *self;
+            vec sum[ROWS][2];
+            clear(sum);
+            if (step->product) f.add_recurrent(sum, step->dpre_next, row, panel);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t p = (2 * panel + v) * L, lanes = f.P - p;
+                    if (lanes <= 0) break;
+                    const vec dh_b = f.dh_at(*step, row + r, p, sum[r][v]);
+                    store(f.dh + (row + r) * f.stride_dh + p, dh_b, lanes);
+                    store(step->dh + (row + r) * f.P + p, dh_b, lanes);
+                }
+        }
+    };
+
+    struct CellTile {
+        static constexpr int max_rows = narrow_rows;
+        const Backward* self;
+        const Step* step;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t pair) const {
+            const Backward& f = *self;
+            vec sum[ROWS][2];
+            clear(sum);
+            if (f.w.weight_hr)  // B2
+                add_product(sum, f.dh + row * f.stride_dh, f.stride_dh, f.hr + pair * f.P * 2 * L, 2 * L,
+                            f.P);
+            else if (step->product)
+                f.add_recurrent(sum, step->dpre_next, row, pair);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t u = (2 * pair + v) * L;
+                    if (u >= f.H) break;
+                    vec dm = f.w.weight_hr ? sum[r][v] : f.dh_at(*step, row + r, u, sum[r][v]);
+                    f.cell(*step, row + r, u, dm);
+                }
+        }
+    };
+
+    // B3 and B4 for units u to u + L of sequence b, and B5 to B8 unless the peepholes are full:
+    // then PeepholeTile goes on, when all of dpre_o is known.
+    INLINE void cell(const Step& step, int64_t b, int64_t u, vec dm) const {
+        const int64_t lanes = H - u;
+        const real* gates = step.gates + b * 4 * H + u;
+        const vec o = load(gates + 3 * H, lanes);
+        const vec tanh_c = tanh<real>(load(step.cells + b * H + u, lanes));
+        const vec dpre_o = dm * tanh_c * o * ((real)1 - o);  // B3
+        real* dc_carry = args->dc0 + (reverse * B + b) * H + u;
+        vec dc = load(dc_carry, lanes) + dm * o * ((real)1 - tanh_c * tanh_c);  // B4
+        if (step.dcells) dc += load(step.dcells + b * H + u, lanes);
+        store(step.dpre + b * 4 * H + 3 * H + u, dpre_o, lanes);
+        store(step.dpre_kept + b * stride_dpre + 3 * H + u, dpre_o, lanes);
+        if (full()) return store(dc_carry, dc, lanes);
+        if (w.weight_co) dc += dpre_o * load(w.weight_co + u, lanes);
+        gates_back(step, b, u, dc);
+    }
+
+    INLINE void gates_back(const Step& step, int64_t b, int64_t u, vec dc) const {
+        const int64_t lanes = H - u;
+        const real* gates = step.gates + b * 4 * H + u;
+        const vec i = load(gates, lanes), f = load(gates + H, lanes), g = load(gates + 2 * H, lanes);
+        const vec c_prev = load(b < step.has_prev ? step.cells_prev + b * H + u
+                                                  : args->c0 + (reverse * B + b) * H + u, lanes);
+        const vec dpre_i = dc * g * i * ((real)1 - i);       // B5
+        const vec dpre_f = dc * c_prev * f * ((real)1 - f);  // B6
+        const vec dpre_g = dc * i * ((real)1 - g * g);       // B7
+        vec dc_prev = dc * f;                                // B8
+        if (!full() && w.weight_ci) dc_prev += dpre_i * load(w.weight_ci + u, lanes);
+        if (!full() && w.weight_cf) dc_prev += dpre_f * load(w.weight_cf + u, lanes);
+        store(args->dc0 + (reverse * B + b) * H + u, dc_prev, lanes);
+        real *to = step.dpre + b * 4 * H + u, *kept = step.dpre_kept + b * stride_dpre + u;
+        store(to, dpre_i, lanes), store(to + H, dpre_f, lanes), store(to + 2 * H, dpre_g, lanes);
+        store(kept, dpre_i, lanes), store(kept + H, dpre_f, lanes), store(kept + 2 * H, dpre_g, lanes);
+    }
+
+    // The rest of a step with full peepholes: what the gates sent back to c, of B4 by this step's
+    // dpre_o and of B8 by the next one's dpre_i and dpre_f.
+    struct PeepholeTile {
+        static constexpr int max_rows = narrow_rows;
+        const Backward* self;
+        const Step* step;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t pair) const {
+            const Backward& f = *self;
+            vec sum[ROWS][2];
+            clear(sum);
+            const real* dpre_o = step->dpre_kept + row * f.stride_dpre + 3 * f.H;
+            add_product(sum, dpre_o, f.stride_dpre, f.peep_o + pair * f.H * 2 * L, 2 * L, f.H);
+            if (step->product) f.add_peepholes_if(sum, step->dpre_next, row, pair);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t u = (2 * pair + v) * L;
+                    if (u >= f.H) break;
+                    const real* dc = f.args->dc0 + (f.reverse * f.B + row + r) * f.H + u;
+                    f.gates_back(*step, row + r, u, load(dc, f.H - u) + sum[r][v]);
+                }
+        }
+    };
+
+    // What the first step sends to the initial states: dh0, or what full peepholes add to dc0.
+    struct InitialTile {
+        static constexpr int max_rows = narrow_rows;
+        const Backward* self;
+        const Step* step;
+        bool cell;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+            const Backward& f = *self;
+            const int64_t n = cell ? f.H : f.P;
+            vec sum[ROWS][2];
+            clear(sum);
+            if (cell)
+                f.add_peepholes_if(sum, step->dpre_kept, row, panel);
+            else
+                f.add_recurrent(sum, step->dpre_kept, row, panel);
+            real* to = (cell ? f.args->dc0 : f.args->dh0) + (f.reverse * f.B + row) * n;
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t u = (2 * panel + v) * L;
+                    if (u >= n) break;
+                    vec sent = cell ? load(to + r * n + u, n - u) + sum[r][v] : sum[r][v];
+                    store(to + r * n + u, sent, n - u);
+                }
+        }
+    };
+};
+
+}  // namespace

@@ -1,0 +1,361 @@
+// The forward recurrence: F1 to F8 as the epilogue of h_{t-1} W_hhᵀ, a tile at a time.
+#pragma once
+
+#include "lstm.h"
+
+namespace {
+
+template <typename real>
+struct Forward {
+    using vec = vec_of<real>;
+    static constexpr int L = Vector<real>::lanes;
+    static constexpr int64_t chunk_rows = 96;  // the input projection is made for about so many rows
+
+    const ForwardArguments<real>* args;
+    Rows rows;
+    Weights<real> w;
+    int64_t T, B, I, H, P, reverse;
+    int64_t panels, pairs, panels_p;  // of L units, of 2L units, of 2L outputs
+
+    // Borrowed memory. Panels: of L units, gate by gate, ih (I, 4, L) and hh (P, 4, L); peepholes
+    // into i and f (H, 2, L); of 2L units or outputs: the peephole into o, and hr, (H, 2L).
+    real *ih, *hh, *peep_if, *peep_o, *hr;
+    real *bias;         // (4, panels · L), bias_ih + bias_hh
+    real *h[2], *c[2];  // (B, stride_h), (B, stride_c): a step reads one and writes the other
+    real *m;            // (B, stride_c), with weight_hr
+    real *input_part;   // x W_ihᵀ + b of some steps, where it is not kept in `gates`
+    int64_t stride_h, stride_c, stride_pre;
+
+    // One step as its tiles see it; row b of each is sequence b.
+    struct Step {
+        real* pre;  // (·, stride_pre): x W_ihᵀ + b
+        const real *x, *h_prev, *c_prev;
+        real *h, *c, *y, *gates, *cells;
+    };
+
+    bool full() const { return args->sizes.full_peepholes; }
+    bool packed() const { return !args->unpacked; }
+
+    void plan(Workspace& workspace, const ForwardArguments<real>& a, int64_t d, const Rows& r) {
+        args = &a, rows = r, w = a.weights[d], reverse = d;
+        const Sizes& s = a.sizes;
+        T = s.T, B = s.B, I = s.I, H = s.H, P = s.P;
+        panels = (H + L - 1) / L, pairs = (H + 2 * L - 1) / (2 * L);
+        panels_p = (P + 2 * L - 1) / (2 * L);
+        stride_h = row_stride<real>(P), stride_c = row_stride<real>(H);
+        ih = workspace.take<real>(packed() ? panels * I * 4 * L : 0);
+        hh = workspace.take<real>(packed() ? panels * P * 4 * L : 0);
+        peep_if = workspace.take<real>(full() ? panels * H * 2 * L : 0);
+        peep_o = workspace.take<real>(full() ? pairs * H * 2 * L : 0);
+        hr = workspace.take<real>(w.weight_hr ? panels_p * H * 2 * L : 0);
+        bias = workspace.take<real>(4 * panels * L);
+        for (int k = 0; k < 2; k++) {
+            h[k] = workspace.take<real>(B * stride_h);
+            c[k] = workspace.take<real>(B * stride_c);
+        }
+        m = workspace.take<real>(w.weight_hr ? B * stride_c : 0);
+        stride_pre = a.gates ? 4 * H : row_stride<real>(4 * H);
+        const int64_t kept = a.gates || !packed() ? 0 : B + s.grid.batches * chunk_rows;
+        input_part = workspace.take<real>(kept * stride_pre);
+    }
+
+    // Packs the weights and sets the first states.
+    void prepare(int64_t thread, int64_t threads) {
+        const Range mine = share(panels, thread, threads);
+        for (int64_t p = mine.begin; p < mine.end; p++) {
+            for (int g = 0; g < 4; g++) {
+                if (packed()) {
+                    real* to = ih + p * I * 4 * L + g * L;
+                    pack_transposed(to, 4 * L, w.weight_ih + g * H * I, p * L, H, I);
+                    to = hh + p * P * 4 * L + g * L;
+                    pack_transposed(to, 4 * L, w.weight_hh + g * H * P, p * L, H, P);
+                }
+                vec b = {};
+                if (w.bias_ih) b += load(w.bias_ih + g * H + p * L, H - p * L);
+                if (w.bias_hh) b += load(w.bias_hh + g * H + p * L, H - p * L);
+                store(bias + (g * panels + p) * L, b);
+            }
+            if (full())
+                for (int v = 0; v < 2; v++)
+                    pack_peephole(peep_if + p * H * 2 * L + v * L, v ? w.weight_cf : w.weight_ci, p);
+        }
+        const Range of_pairs = share(pairs, thread, threads);
+        if (full())
+            for (int64_t p = 2 * of_pairs.begin; p < 2 * of_pairs.end; p++)
+                pack_peephole(peep_o + p / 2 * H * 2 * L + p % 2 * L, w.weight_co, p);
+        const Range of_outputs = share(panels_p, thread, threads);
+        if (w.weight_hr)
+            for (int64_t p = 2 * of_outputs.begin; p < 2 * of_outputs.end; p++)
+                pack_transposed(hr + p / 2 * H * 2 * L + p % 2 * L, 2 * L, w.weight_hr, p * L, P, H);
+        const Range sequences = share(B, thread, threads);
+        for (int64_t b = sequences.begin; b < sequences.end; b++)
+            for (int k = 0; k < 2; k++) {
+                memcpy(h[k] + b * stride_h, args->h0 + (reverse * B + b) * P, P * sizeof(real));
+                memcpy(c[k] + b * stride_c, args->c0 + (reverse * B + b) * H, H * sizeof(real));
+            }
+    }
+
+    void pack_peephole(real* to, const real* weight, int64_t panel) const {
+        if (weight) return pack_transposed(to, 2 * L, weight, panel * L, H, H);
+        for (int64_t k = 0; k < H; k++) store(to + k * 2 * L, vec{});
+    }
+
+    void run(const Part& part, int64_t batch) const {
+        const Range& mine = part.sequences;
+        const bool whole = mine.end - mine.begin == B;
+        real* const buffer = input_part + (mine.begin + batch * chunk_rows) * stride_pre;
+        for (int64_t s = 0, end; s < T; s = end) {
+            end = chunk_end(s, mine, whole);
+            // The chunk is steps [low, high) of time.
+            const int64_t low = reverse ? T - end : s, high = reverse ? T - s : end;
+            if (packed()) project(part, low, high, whole, buffer);
+            for (int64_t k = s; k < end; k++) {
+                const int64_t t = reverse ? T - 1 - k : k;
+                run_step(part, step_at(t, k, input_rows(t, low, mine, whole, buffer)), rows.alive(t));
+            }
+        }
+        if (part.unit == 0) finish(mine);
+    }
+
+    // The step, in order of execution, before which the chunk that begins at `s` ends.
+    int64_t chunk_end(int64_t s, const Range& mine, bool whole) const {
+        if (!whole) {
+            const int64_t steps = chunk_rows / (mine.end - mine.begin + !(mine.end - mine.begin));
+            return least(T, s + (steps > 1 ? steps : 1));
+        }
+        int64_t end = s;
+        for (int64_t n = 0; end < T; end++) {
+            n += rows.alive(reverse ? T - 1 - end : end);
+            if (n > chunk_rows && end > s) break;
+        }
+        return end;
+    }
+
+    // Where the input part of step t lies (as if of sequence 0).
+    real* input_rows(int64_t t, int64_t low, const Range& mine, bool whole, real* buffer) const {
+        if (args->gates) return args->gates + (reverse * rows.start(T) + rows.start(t)) * 4 * H;
+        if (whole) return buffer + (rows.start(t) - rows.start(low)) * stride_pre;
+        return buffer + ((t - low) * (mine.end - mine.begin) - mine.begin) * stride_pre;
+    }
+
+    void project(const Part& part, int64_t low, int64_t high, bool whole, real* buffer) const {
+        if (whole) {
+            const Range mine = share(panels, part.unit, part.units);
+            real* pre = input_rows(low, low, part.sequences, whole, buffer);
+            const InputTile stage = {this, args->x + rows.start(low) * I, pre};
+            cover(stage, 0, rows.start(high) - rows.start(low), mine.begin, mine.end);
+            return;
+        }
+        for (int64_t t = low; t < high; t++) {
+            real* pre = input_rows(t, low, part.sequences, whole, buffer);
+            const InputTile stage = {this, args->x + rows.start(t) * I, pre};
+            part.cover(stage, 0, rows.alive(t), panels);
+        }
+    }
+
+    Step step_at(int64_t t, int64_t s, real* pre) const {
+        const int64_t start = rows.start(t), row = reverse * rows.start(T) + start;
+        Step step;
+        step.pre = pre;
+        step.x = args->x + start * I;
+        step.h_prev = h[s & 1], step.h = h[~s & 1];
+        step.c_prev = c[s & 1], step.c = c[~s & 1];
+        step.y = args->y + (start * args->sizes.D + reverse) * P;
+        step.gates = args->gates ? args->gates + row * 4 * H : nullptr;
+        step.cells = args->cells ? args->cells + row * H : nullptr;
+        return step;
+    }
+
+    void run_step(const Part& part, const Step& step, int64_t alive) const {
+        if (packed())
+            part.cover(GateTile{this, &step}, 0, alive, panels);
+        else
+            part.cover(UnpackedTile{this, &step}, 0, alive, panels);
+        part.barrier_wait();
+        if (full()) {
+            part.cover(OutputGateTile{this, &step}, 0, alive, pairs);
+            part.barrier_wait();
+        }
+        if (w.weight_hr) {
+            part.cover(ProjectionTile{this, &step}, 0, alive, panels_p);
+            part.barrier_wait();
+        }
+    }
+
+    // h_n and c_n: what every sequence's last step has written.
+    void finish(const Range& mine) const {
+        int64_t length = T;
+        for (int64_t b = mine.begin; b < mine.end; b++) {
+            length = reverse ? T : rows.length(b, length);
+            const int last = length & 1;
+            memcpy(args->h_n + (reverse * B + b) * P, h[last] + b * stride_h, P * sizeof(real));
+            memcpy(args->c_n + (reverse * B + b) * H, c[last] + b * stride_c, H * sizeof(real));
+        }
+    }
+
+    // x W_ihᵀ + b, the input part of F1.
+    struct InputTile {
+        static constexpr int max_rows = wide_rows;
+        const Forward* self;
+        const real* x;
+        real* pre;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+            const Forward& f = *self;
+            vec sum[ROWS][4];
+            clear(sum);
+            add_product(sum, x + row * f.I, f.I, f.ih + panel * f.I * 4 * L, 4 * L, f.I);
+            for (int r = 0; r < ROWS; r++)
+                for (int g = 0; g < 4; g++) {
+                    vec b = load(f.bias + (g * f.panels + panel) * L);
+                    real* to = pre + (row + r) * f.stride_pre + g * f.H + panel * L;
+                    store(to, sum[r][g] + b, f.H - panel * L);
+                }
+        }
+    };
+
+    struct GateTile {
+        static constexpr int max_rows = wide_rows;
+        const Forward* self;
+        const Step* step;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+            const Forward& f = *self;
+            const int64_t u = panel * L, lanes = f.H - u;
+            vec sum[ROWS][4];
+            clear(sum);
+            const real* h_prev = step->h_prev + row * f.stride_h;
+            add_product(sum, h_prev, f.stride_h, f.hh + panel * f.P * 4 * L, 4 * L, f.P);
+            if (f.full()) {
+                vec peep[ROWS][2];
+                clear(peep);
+                const real* c_prev = step->c_prev + row * f.stride_c;
+                add_product(peep, c_prev, f.stride_c, f.peep_if + panel * f.H * 2 * L, 2 * L, f.H);
+                for (int r = 0; r < ROWS; r++)
+                    for (int g = 0; g < 2; g++) sum[r][g] += peep[r][g];
+            }
+            for (int r = 0; r < ROWS; r++) {
+                const real* pre = step->pre + (row + r) * f.stride_pre + u;
+                for (int g = 0; g < 4; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1
+                f.gate_math(*step, row + r, u, sum[r]);
+            }
+        }
+    };
+
+    // F1 from dot products with the rows of the weights, where packing them would not pay.
+    struct UnpackedTile {
+        static constexpr int max_rows = 4;
+        const Forward* self;
+        const Step* step;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+            const Forward& f = *self;
+            real pre[ROWS][4][L] = {};
+            for (int64_t u = panel * L; u < least(f.H, (panel + 1) * L); u++) {
+                vec sum[ROWS][4];
+                clear(sum);
+                add_dots(sum, step->x + row * f.I, f.I, f.w.weight_ih + u * f.I, f.H * f.I, f.I);
+                add_dots(sum, step->h_prev + row * f.stride_h, f.stride_h, f.w.weight_hh + u * f.P,
+                         f.H * f.P, f.P);
+                for (int r = 0; r < ROWS; r++)
+                    for (int g = 0; g < 4; g++) pre[r][g][u - panel * L] = sum_lanes<real>(sum[r][g]);
+            }
+            for (int r = 0; r < ROWS; r++) {
+                vec sum[4];
+                for (int g = 0; g < 4; g++)
+                    sum[g] = load(pre[r][g]) + load(f.bias + (g * f.panels + panel) * L);
+                f.gate_math(*step, row + r, panel * L, sum);
+            }
+        }
+    };
+
+    // F2 to F7 for units u to u + L of sequence b. Full peepholes are in `pre` already, but for that
+    // of o, which needs all of the new c: then OutputGateTile goes on.
+    INLINE void gate_math(const Step& step, int64_t b, int64_t u, const vec (&pre)[4]) const {
+        const int64_t lanes = H - u;
+        const bool diagonal = !full();
+        auto peep = [&](const real* weight, vec c) {
+            return diagonal && weight ? c * load(weight + u, lanes) : vec{};
+        };
+        const vec c_prev = load(step.c_prev + b * stride_c + u, lanes);
+        const vec i = sigmoid<real>(pre[0] + peep(w.weight_ci, c_prev));  // F2
+        const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, c_prev));  // F3
+        const vec g = tanh<real>(pre[2]);                                 // F4
+        const vec c_new = f * c_prev + i * g;                             // F5
+        store(step.c + b * stride_c + u, c_new, lanes);
+        if (step.gates) {
+            real* gates = step.gates + b * 4 * H + u;
+            store(gates, i, lanes), store(gates + H, f, lanes), store(gates + 2 * H, g, lanes);
+            store(step.cells + b * H + u, c_new, lanes);
+        }
+        if (full())
+            store(step.pre + b * stride_pre + 3 * H + u, pre[3], lanes);
+        else
+            output(step, b, u, pre[3] + peep(w.weight_co, c_new), c_new);
+    }
+
+    // o and m, from o's pre-activation and the new c.
+    INLINE void output(const Step& step, int64_t b, int64_t u, vec pre_o, vec c_new) const {
+        const int64_t lanes = H - u;
+        const vec o = sigmoid<real>(pre_o);        // F6
+        const vec m_new = o * tanh<real>(c_new);   // F7
+        if (step.gates) store(step.gates + b * 4 * H + 3 * H + u, o, lanes);
+        if (w.weight_hr) {
+            store(m + b * stride_c + u, m_new, lanes);
+        } else {
+            store(step.h + b * stride_h + u, m_new, lanes);
+            store(step.y + b * args->sizes.D * P + u, m_new, lanes);
+        }
+    }
+
+    // The rest of a step with full peepholes: pre_o + c W_coᵀ.
+    struct OutputGateTile {
+        static constexpr int max_rows = narrow_rows;
+        const Forward* self;
+        const Step* step;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t pair) const {
+            const Forward& f = *self;
+            vec sum[ROWS][2];
+            clear(sum);
+            const real* c = step->c + row * f.stride_c;
+            add_product(sum, c, f.stride_c, f.peep_o + pair * f.H * 2 * L, 2 * L, f.H);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t u = (2 * pair + v) * L, lanes = f.H - u;
+                    if (lanes <= 0) break;
+                    const real* pre_o = step->pre + (row + r) * f.stride_pre + 3 * f.H + u;
+                    f.output(*step, row + r, u, load(pre_o, lanes) + sum[r][v],
+                             load(c + r * f.stride_c + u, lanes));
+                }
+        }
+    };
+
+    struct ProjectionTile {
+        static constexpr int max_rows = narrow_rows;
+        const Forward* self;
+        const Step* step;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+            const Forward& f = *self;
+            vec sum[ROWS][2];
+            clear(sum);
+            const real* m = f.m + row * f.stride_c;
+            add_product(sum, m, f.stride_c, f.hr + panel * f.H * 2 * L, 2 * L, f.H);  // F8
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t p = (2 * panel + v) * L, lanes = f.P - p;
+                    if (lanes <= 0) break;
+                    store(step->h + (row + r) * f.stride_h + p, sum[r][v], lanes);
+                    store(step->y + (row + r) * f.args->sizes.D * f.P + p, sum[r][v], lanes);
+                }
+        }
+    };
+};
+
+}  // namespace

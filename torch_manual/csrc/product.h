@@ -1,0 +1,135 @@
+// Small matrix products whose sums stay in registers, and the packing of weights for them.
+//
+// A weight is packed into panels: the columns of one panel for k = 0, then for k = 1, and so on, so
+// that a product reads memory in order. A tile is what one panel makes of a few rows.
+#pragma once
+
+#include "vector.h"
+
+namespace {
+
+// Tiles as large as the registers hold.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int wide_rows = 6;    // × 4 vectors
+constexpr int narrow_rows = 12; // × 2 vectors
+#else
+constexpr int wide_rows = 3;
+constexpr int narrow_rows = 6;
+#endif
+
+// A float accumulator adds up no more terms than this: longer sums lose accuracy.
+constexpr int64_t longest_sum = 256;
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename vec, int ROWS, int VECS>
+INLINE void clear(vec (&sum)[ROWS][VECS]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; v++) sum[r][v] = vec{};
+}
+
+// sum[r][v] += Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying `step` after those
+// for k. Few rows are summed in several sets, so that additions need not wait for one another.
+template <typename real, int ROWS, int VECS>
+INLINE void add_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
+                        const real* panel, int64_t step, int64_t K) {
+    constexpr int L = Vector<real>::lanes;
+    constexpr int SETS = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
+    for (int64_t start = 0; start < K; start += longest_sum) {
+        const int64_t end = least(K, start + longest_sum);
+        vec_of<real> part[SETS][ROWS][VECS] = {};
+        int64_t k = start;
+        for (; k + SETS <= end; k += SETS)
+#pragma GCC unroll 4
+            for (int s = 0; s < SETS; s++)
+#pragma GCC unroll 12
+                for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECS; v++)
+                        part[s][r][v] +=
+                            a[r * stride_a + k + s] * load(panel + (k + s) * step + v * L);
+        for (; k < end; k++)
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECS; v++)
+                    part[0][r][v] += a[r * stride_a + k] * load(panel + k * step + v * L);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECS; v++)
+#pragma GCC unroll 4
+                for (int s = 0; s < SETS; s++) sum[r][v] += part[s][r][v];
+    }
+}
+
+// sum[r][g] += Σ_k a[r][k] · w_g[k], over the lanes of `sum`: for weights too rarely used to pack.
+template <typename real, int ROWS>
+INLINE void add_dots(vec_of<real> (&sum)[ROWS][4], const real* a, int64_t stride_a,
+                     const real* w, int64_t gate, int64_t K) {
+    constexpr int L = Vector<real>::lanes;
+    const int64_t tail = K % L;
+    for (int64_t k = 0; k < K - tail; k += L)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; g++)
+                sum[r][g] += load(a + r * stride_a + k) * load(w + g * gate + k);
+    if (tail == 0) return;
+    for (int r = 0; r < ROWS; r++)
+        for (int g = 0; g < 4; g++)
+            sum[r][g] += load(a + r * stride_a + K - tail, tail) * load(w + g * gate + K - tail, tail);
+}
+
+// Packs rows `first` to `first + lanes` of W (·, K), transposed: to[k · step + lane] = W[first + lane][k].
+// Rows from `n_rows` on are zeros.
+template <typename real>
+void pack_transposed(real* to, int64_t step, const real* W, int64_t first, int64_t n_rows,
+                     int64_t K) {
+    constexpr int L = Vector<real>::lanes;
+    for (int64_t k = 0; k < K; k += L) {
+        vec_of<real> square[L];
+        for (int lane = 0; lane < L; lane++)
+            square[lane] = first + lane < n_rows ? load(W + (first + lane) * K + k, K - k)
+                                                 : vec_of<real>{};
+        transpose<real>(square);
+        for (int64_t j = 0; j < least(L, K - k); j++) store(to + (k + j) * step, square[j]);
+    }
+}
+
+// Packs columns `first` to `first + 2 lanes` of the K rows of W (K, n_columns), zeros after the last.
+template <typename real>
+void pack_columns(real* to, const real* W, int64_t first, int64_t n_columns, int64_t K) {
+    constexpr int L = Vector<real>::lanes;
+    for (int64_t k = 0; k < K; k++)
+        for (int v = 0; v < 2; v++) {
+            const int64_t column = first + v * L;
+            store(to + (k * 2 + v) * L, column < n_columns
+                                            ? load(W + k * n_columns + column, n_columns - column)
+                                            : vec_of<real>{});
+        }
+}
+
+// Calls stage.tile<ROWS>(row, panel) with the number of rows as a constant.
+template <int ROWS, typename Stage>
+INLINE void call_tile(const Stage& stage, int64_t n_rows, int64_t row, int64_t panel) {
+    if constexpr (ROWS > 1)
+        if (n_rows != ROWS) return call_tile<ROWS - 1>(stage, n_rows, row, panel);
+    stage.template tile<ROWS>(row, panel);
+}
+
+// Covers rows [first, end) and panels [panel, end_panel) with tiles of at most Stage::max_rows rows.
+template <typename Stage>
+void cover(const Stage& stage, int64_t first, int64_t end, int64_t panel, int64_t end_panel) {
+    const int64_t n = end - first, blocks = (n + Stage::max_rows - 1) / Stage::max_rows;
+    for (; panel < end_panel; panel++)
+        for (int64_t k = 0; k < blocks; k++) {
+            const int64_t row = first + n * k / blocks;
+            call_tile<Stage::max_rows>(stage, first + n * (k + 1) / blocks - row, row, panel);
+        }
+}
+
+}  // namespace

@@ -1,0 +1,150 @@
+// How the work of one call is shared among threads, and the memory it borrows.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <sched.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+// A barrier among few threads that meet very often. A thread spins for some microseconds, then
+// leaves its core to whoever else wants it.
+class Barrier {
+  public:
+    explicit Barrier(int n) : n_threads(n) {}
+
+    void wait() {
+        if (n_threads == 1) return;
+        const int64_t turn = __atomic_load_n(&turns, __ATOMIC_RELAXED);
+        if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == n_threads) {
+            __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&turns, turn + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int spins = 0; __atomic_load_n(&turns, __ATOMIC_ACQUIRE) == turn; spins++)
+            if (spins < 4000)
+                pause();
+            else
+                sched_yield();
+    }
+
+  private:
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    }
+
+    alignas(128) int n_threads;
+    alignas(128) int arrived = 0;
+    alignas(128) int64_t turns = 0;
+};
+
+// The threads of a call stand in a grid: directions × batch parts × unit parts. Threads that differ
+// only in their units work on the same rows, and meet at a barrier; the others never wait.
+struct Grid {
+    int64_t directions, batches, units;
+
+    int64_t size() const { return directions * batches * units; }
+};
+
+struct Place {
+    int64_t direction, batch, unit;
+};
+
+inline Place place_in(const Grid& grid, int64_t thread) {
+    return {thread / (grid.batches * grid.units), thread / grid.units % grid.batches,
+            thread % grid.units};
+}
+
+// Share number `index` of [0, n), divided into `parts`.
+struct Range {
+    int64_t begin, end;
+};
+
+inline Range share(int64_t n, int64_t index, int64_t parts) {
+    return {n * index / parts, n * (index + 1) / parts};
+}
+
+// Calls work(thread, grid, everyone) on every thread of the grid, where everyone.wait() is a
+// barrier among all of them. One thread does it all where OpenMP grants fewer than asked for.
+template <typename Work>
+void run_on(const Grid& grid, const Work& work) {
+#if defined(_OPENMP)
+    const int wanted = (int)grid.size();
+    if (wanted > 1) {
+        bool granted = true;
+        Barrier everyone(wanted);
+#pragma omp parallel num_threads(wanted)
+        {
+            if (omp_get_num_threads() == wanted)
+                work(omp_get_thread_num(), grid, everyone);
+            else
+#pragma omp single
+                granted = false;
+        }
+        if (granted) return;
+    }
+#endif
+    Barrier alone(1);
+    work(0, Grid{1, 1, 1}, alone);
+}
+
+// Memory borrowed for one call. The same sequence of take() runs twice: first to add up the sizes,
+// then, after allocate(), to hand out the pieces. One block is kept for the next call, because the
+// first touch of fresh memory costs as much as packing weights into it.
+class Workspace {
+  public:
+    Workspace() = default;
+    Workspace(const Workspace&) = delete;
+    ~Workspace() {
+        if (block && block->bytes <= most_kept) block = __atomic_exchange_n(&kept, block, __ATOMIC_ACQ_REL);
+        free(block);
+    }
+
+    template <typename T>
+    T* take(int64_t count) {
+        char* piece = block ? (char*)block + used : nullptr;
+        used += (count * (int64_t)sizeof(T) + 127) / 128 * 128;
+        return (T*)piece;
+    }
+
+    bool allocate() {
+        const int64_t bytes = used;
+        used = 128;
+        block = __atomic_exchange_n(&kept, nullptr, __ATOMIC_ACQ_REL);
+        if (block && block->bytes >= bytes) return true;
+        free(block);
+        const int64_t huge_page = 2 << 20;
+        void* p = nullptr;
+        if (posix_memalign(&p, bytes >= 2 * huge_page ? huge_page : 128, bytes) != 0) p = nullptr;
+        block = (Block*)p;
+        if (!block) return false;
+#if defined(__linux__)
+        if (bytes >= 2 * huge_page) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+        block->bytes = bytes;
+        return true;
+    }
+
+  private:
+    struct Block {
+        int64_t bytes;  // then, 128 bytes from here, the first piece
+    };
+    static constexpr int64_t most_kept = 64 << 20;
+    static inline Block* kept = nullptr;
+
+    Block* block = nullptr;
+    int64_t used = 128;
+};
+
+}  // namespace

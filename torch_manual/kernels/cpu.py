@@ -1,0 +1,292 @@
+"""The compiled CPU kernel (torch_manual/csrc): loading it, and the ops it implements.
+
+The build puts one shared object per instruction set beside its sources, `csrc/lstm_avx512.so`,
+`lstm_avx2.so` and `lstm_baseline.so`. At first use the best one that the processor can run is
+loaded. Torch is imported first, so both use one OpenMP runtime. See docs/cpu_kernel.md.
+
+Shapes are those of torch_manual/kernels/lstm.py; csrc/lstm.h describes the structures filled here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_manual.kernels import backend
+
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+FOLDER = Path(__file__).resolve().parent.parent / "csrc"
+_HALF = (torch.float16, torch.bfloat16)
+_WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
+_NONE = (0,) * _WEIGHTS
+
+
+class Grid(NamedTuple):
+    """How many threads share the directions, the sequences and the hidden units of one call."""
+
+    directions: int = 1
+    batches: int = 1
+    units: int = 1
+
+
+class _Override(NamedTuple):
+    instruction_set: str | None = None
+    grid: Grid | None = None
+    unpacked: bool | None = None
+
+
+_override = _Override(instruction_set=os.environ.get("TORCH_MANUAL_INSTRUCTION_SET"))
+_libraries: dict[str, dict[str, Any]] = {}
+_status: str | None = None
+_forked = False
+
+
+@contextmanager
+def override(**choices: Any) -> Iterator[None]:
+    """Within a `with` block, fix what is otherwise chosen by processor and shape. For tests.
+
+    Args:
+        choices: `instruction_set`, a name of INSTRUCTION_SETS; `grid`, a `Grid`; `unpacked`, whether
+            the weights are read where they are.
+    """
+    global _override
+    before, _override = _override, _override._replace(**choices)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def status() -> str:
+    """Return `"available"`, or why the kernel does not serve here."""
+    global _status
+    if _status is None:
+        try:
+            _functions()
+            _status = "available"
+        except (OSError, RuntimeError) as error:
+            _status = str(error)
+    return _status
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether the backend asked for lets this kernel serve CPU tensors of `dtype`.
+
+    Raises:
+        RuntimeError: `use_backend("cpu")` asks for it, and it has no code for `dtype`.
+    """
+    requested = backend.requested()
+    if requested not in ("auto", "cpu"):
+        return False
+    has_code = dtype in (torch.float32, torch.float64, *_HALF)
+    if requested == "cpu" and not has_code:
+        raise RuntimeError(f"use_backend: the 'cpu' kernel has no code for {dtype}")
+    return has_code and (_status or status()) == "available"
+
+
+def instruction_set() -> str:
+    """Return the instruction set in use.
+
+    Raises:
+        RuntimeError: none of those built runs here.
+    """
+    if _override.instruction_set:
+        return _override.instruction_set
+    return _best_instruction_set()
+
+
+def _best_instruction_set() -> str:
+    if not _path("baseline").exists():
+        raise RuntimeError(
+            f"it was not compiled when torch_manual was installed: no {_path('baseline')} "
+            "(install again where there is a C++ compiler)"
+        )
+    query = ctypes.CDLL(str(_path("baseline"))).best_instruction_set
+    query.restype = ctypes.c_char_p
+    best = INSTRUCTION_SETS.index(query().decode())
+    for name in INSTRUCTION_SETS[best:]:
+        if _path(name).exists():
+            if name == "baseline" and platform.machine() in ("x86_64", "AMD64"):
+                raise RuntimeError("the processor has neither AVX2 nor AVX-512: torch ops are faster")
+            return name
+    raise RuntimeError(f"no file in {FOLDER} that this processor can run")
+
+
+def _path(name: str) -> Path:
+    return FOLDER / f"lstm_{name}.so"
+
+
+def _functions() -> dict[str, Any]:
+    """The functions of the library in use, by name."""
+    chosen = _override.instruction_set or ""
+    if chosen not in _libraries:
+        library = ctypes.CDLL(str(_path(instruction_set())))
+        _libraries[chosen] = {
+            name: getattr(library, name)
+            for pass_ in ("forward", "backward")
+            for name in (f"lstm_{pass_}_float32", f"lstm_{pass_}_float64")
+        }
+    return _libraries[chosen]
+
+
+def _after_fork() -> None:
+    """OpenMP's threads do not survive a fork: a child works alone."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
+    """The threads to use, by shape; `work` is the number of multiplications of one direction."""
+    if _override.grid:
+        return _override.grid
+    threads = 1 if _forked else torch.get_num_threads()
+    if threads == 1 or D * work < 1_000_000:
+        return Grid()
+    directions = D if threads >= D else 1
+    threads //= directions
+    if threads == 1 or work < 1_000_000:
+        return Grid(directions)
+    if B >= 4 * threads and H <= 256:
+        return Grid(directions, batches=threads)
+    units = min(threads, (H + 31) // 32)
+    if work // T < 20_000:
+        units = 1
+    return Grid(directions, units=units)
+
+
+# T, B, I, H, P, D, full peepholes, grid, batch_sizes; then `unpacked` and nine, or stride and eleven
+_forward_arguments = struct.Struct(f"{11 + 9 + 2 * _WEIGHTS}q").pack
+_backward_arguments = struct.Struct(f"{11 + 12 + 2 * _WEIGHTS}q").pack
+
+
+def lstm_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`torch_manual::lstm_forward` on CPU tensors."""
+    dtype = x.dtype
+    if dtype in _HALF:
+        single = [None if w is None else w.float() for w in weights]
+        results = lstm_forward(x.float(), h0.float(), c0.float(), batch_sizes, single, save)
+        return tuple(t.to(dtype) for t in results)  # type: ignore[return-value]
+    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
+    (N, I), (D, B, P), H = x.shape, h0.shape, c0.shape[2]
+    y, h_n, c_n = x.new_empty(N, D * P), torch.empty_like(h0), torch.empty_like(c0)
+    gates = x.new_empty((D, N, 4 * H) if save else 0)
+    cells = x.new_empty((D, N, H) if save else 0)
+    T, lengths = _steps(N, B, batch_sizes)
+    if T == 0:
+        return y, h_n.copy_(h0), c_n.copy_(c0), gates, cells
+    weights, pointers, full = _weights(weights)
+    work = N * 4 * H * (I + P)
+    unpacked = _override.unpacked
+    if unpacked is None:
+        unpacked = N <= 12 or (T == 1 and max(16, H // 8) >= B)
+    name = "lstm_forward_float32" if dtype == torch.float32 else "lstm_forward_float64"
+    _call(
+        name,
+        _forward_arguments(
+            *(T, B, I, H, P, D, full, *_grid(T, B, work, H, D), lengths),
+            unpacked and not full,
+            *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
+            *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), gates.data_ptr(), cells.data_ptr()),
+            *pointers,
+        ),
+    )
+    return y, h_n, c_n, gates, cells
+
+
+def lstm_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    gates: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`torch_manual::lstm_backward` on CPU tensors."""
+    dtype = gates.dtype
+    if dtype in _HALF:
+        single = [
+            None if t is None else t.float()
+            for t in (dy, dh_n, dc_n, dcells, c0, gates, cells, *weights)
+        ]
+        results = lstm_backward(*single[:5], batch_sizes, single[7:], *single[5:7])  # type: ignore[arg-type]
+        return tuple(t.to(dtype) for t in results)  # type: ignore[return-value]
+    gates, cells, c0 = gates.contiguous(), cells.contiguous(), c0.contiguous()
+    dh_n, dc_n, dcells = (None if t is None else t.contiguous() for t in (dh_n, dc_n, dcells))
+    weights, pointers, full = _weights(weights)
+    weight_hh, projected = weights[1], weights[4] is not None
+    assert weight_hh is not None
+    (D, N, _), (_, B, H), P = gates.shape, c0.shape, weight_hh.shape[1]
+    dpre = torch.empty_like(gates)
+    dh = gates.new_empty((D, N, P) if projected else (D, 0))
+    dh0, dc0 = gates.new_empty(D, B, P), torch.empty_like(c0)
+    T, lengths = _steps(N, B, batch_sizes)
+    if T == 0:
+        for out, given in ((dh0, dh_n), (dc0, dc_n)):
+            out.zero_() if given is None else out.copy_(given)
+        return dpre, dh, dh0, dc0
+    stride_dy = 0
+    if dy is not None:
+        if dy.stride(0) == 0:
+            dy = dy[:1].contiguous()  # one row stands for all, as in the gradient of y.sum()
+        else:
+            dy = dy if dy.stride(1) == 1 else dy.contiguous()
+            stride_dy = dy.stride(0)
+    work = N * 4 * H * P
+    name = "lstm_backward_float32" if dtype == torch.float32 else "lstm_backward_float64"
+    _call(
+        name,
+        _backward_arguments(
+            *(T, B, 0, H, P, D, full, *_grid(T, B, work, H, D), lengths),
+            *(0 if dy is None else dy.data_ptr(), stride_dy),
+            *(0 if t is None else t.data_ptr() for t in (dh_n, dc_n, dcells)),
+            *(c0.data_ptr(), gates.data_ptr(), cells.data_ptr()),
+            *(dpre.data_ptr(), dh.data_ptr(), dh0.data_ptr(), dc0.data_ptr()),
+            *pointers,
+        ),
+    )
+    return dpre, dh, dh0, dc0
+
+
+def _call(name: str, arguments: bytes) -> None:
+    if _functions()[name](arguments):
+        raise MemoryError(f"{name}: no memory for the packed weights")
+
+
+def _steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, int]:
+    """T, and the address of batch_sizes or 0."""
+    if batch_sizes is None:
+        return (n_rows // batch if batch else 0), 0
+    return len(batch_sizes), batch_sizes.data_ptr()
+
+
+def _weights(
+    weights: Sequence[Tensor | None],
+) -> tuple[list[Tensor | None], tuple[int, ...], bool]:
+    """The weights in C order, their addresses for two directions, and whether peepholes are full."""
+    dense = [w if w is None or w.is_contiguous() else w.contiguous() for w in weights]
+    pointers = tuple([0 if w is None else w.data_ptr() for w in dense])
+    full = any(w is not None and w.dim() == 2 for w in dense[5:_WEIGHTS])
+    return dense, pointers if len(pointers) > _WEIGHTS else pointers + _NONE, full

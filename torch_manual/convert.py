@@ -59,7 +59,8 @@ def restore(model: M) -> M:
             continue
         if getattr(module, "return_cells", False):
             raise ValueError("restore: torch.nn.LSTM has no return_cells; set it to False first")
-        module.__dict__.pop("return_cells", None)
+        for ours in ("return_cells", "recompute"):
+            module.__dict__.pop(ours, None)
         _become(module, module.__dict__.pop("_stock_class", stock))
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()

@@ -190,6 +190,7 @@ struct Backward {
             const Backward& f = *self;
             vec sum[ROWS][2];
             clear(sum);
+            for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, pair * 2 * L);
             if (f.w.weight_hr)  // B2
                 add_product(sum, f.dh + row * f.stride_dh, f.stride_dh, f.hr + pair * f.P * 2 * L, 2 * L,
                             f.P);
@@ -204,6 +205,20 @@ struct Backward {
                 }
         }
     };
+
+    // Asks for what cell() will read and write, so that it arrives while the product is computed.
+    INLINE void prefetch(const Step& step, int64_t b, int64_t u) const {
+        for (int64_t v = 0; v < 2 * VECTOR_BYTES; v += 64) {
+            const int64_t at = u + v / (int64_t)sizeof(real);
+            for (int64_t k = 0; k < 4; k++) {
+                __builtin_prefetch(step.gates + b * 4 * H + k * H + at);
+                __builtin_prefetch(step.dpre + b * 4 * H + k * H + at, 1);
+            }
+            __builtin_prefetch(step.cells + b * H + at);
+            if (b < step.has_prev) __builtin_prefetch(step.cells_prev + b * H + at);
+            if (step.dy && !w.weight_hr) __builtin_prefetch(step.dy + b * args->stride_dy + at);
+        }
+    }
 
     // B3 and B4 for units u to u + L of sequence b, and B5 to B8 unless the peepholes are full:
     // then PeepholeTile goes on, when all of dpre_o is known.

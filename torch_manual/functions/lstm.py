@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
 from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
+from torch_manual.functions.lstm_recompute import LSTMRecomputeFunction
 from torch_manual.functions.lstm_second_order import (
     LSTMGradientFunction,
     LSTMTangentFunction,
@@ -37,6 +38,7 @@ def lstm_layer(
     batch_sizes: Tensor | None = None,
     *,
     return_cells: bool = False,
+    recompute: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one LSTM layer, in one direction or two.
 
@@ -55,6 +57,8 @@ def lstm_layer(
         weights: one `LSTMWeights` per direction; the second runs from the last step to the first.
         batch_sizes: (T,) int64 on the CPU, of a PackedSequence; None when `x` is dense.
         return_cells: return every c_t as well.
+        recompute: keep h and c of every so many steps only, and run the rest again in the backward
+            pass. Gradients are the same to the bit; second order and torch.func do not work then.
 
     Returns:
         y, (T, B, D·P) or (N, D·P); h_n, (D, B, P); c_n, (D, B, H); and with `return_cells` the
@@ -72,7 +76,9 @@ def lstm_layer(
     if torch.compiler.is_compiling() and h0 is c0:
         c0 = c0.clone()
     rows = x if batch_sizes is not None else x.reshape(-1, x.shape[-1])
-    if _needs_graph(x, h0, c0, *flat):
+    if recompute is not None and torch.is_grad_enabled():
+        y, h_n, c_n, _, _ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
+    elif _needs_graph(x, h0, c0, *flat):
         function = LSTMFunction if torch.compiler.is_compiling() else LSTMFunctionEager
         y, h_n, c_n, cells, _ = function.apply(rows, h0, c0, batch_sizes, *flat)
     else:

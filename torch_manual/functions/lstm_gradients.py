@@ -12,7 +12,7 @@ so is, with the roles exchanged, the backward of J u.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ from torch import Tensor
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward
 from torch_manual.kernels.lstm_tangent import lstm_backward_tangent, lstm_tangent
-from torch_manual.kernels.rows import previous
+from torch_manual.kernels.rows import Run, previous, runs
 
 Tensors = Sequence[Tensor | None]
+
+
+NOTHING = LSTMWeights(*(None,) * len(LSTMWeights._fields))  # type: ignore[arg-type]
+BLOCK_ROWS = 8192
 
 
 class Primal(NamedTuple):
@@ -40,9 +44,6 @@ class Primal(NamedTuple):
     @classmethod
     def of(cls, tensors: Tensors) -> Primal:
         return cls(*tensors[:7], tensors[7:])  # type: ignore[arg-type, call-arg]
-
-    def flat(self) -> Tensors:
-        return [*self[:7], *self.weights]
 
 
 class Factors(NamedTuple):
@@ -70,12 +71,24 @@ def lstm_gradients(
     with autocast_off(p.gates):
         dpre, dh, dh0, dc0 = lstm_backward(*outer, p.c0, p.batch_sizes, p.weights, p.gates, p.cells)
         apart = _apart(samples)
-        dx = _dx(apart(dpre), p.weights) if needs[0] else None
+        parts = (
+            [slice(None)]
+            if samples
+            else [block.rows for block in blocks(p.x.shape[0], p.h0.shape[1], p.batch_sizes)]
+        )
+        dx = None
+        if needs[0]:
+            dx = _joined([dx_of(apart(dpre[:, rows]), p.weights) for rows in parts])
         dweights: list[Tensor | None] = []
         for d, need in enumerate(by_direction(needs[3:])):
-            factors = Factors(*(None if t is None else apart(t) for t in _factors(need, p, d)))
-            dh_d = apart(dh[d]) if need.weight_hr else dh[d]
-            dweights += _sums(need, apart(dpre[d]), dh_d, factors, p, d)
+            factors = factors_of(need, p, d)
+            total = NOTHING
+            for rows in parts if d else reversed(parts):
+                part = Factors(*(None if t is None else apart(t[rows]) for t in factors))
+                dh_d = apart(dh[d, rows]) if need.weight_hr else dh[d]
+                sums = sums_of(need, apart(dpre[d, rows]), dh_d, part, p, d)
+                total = add_each(total, sums)
+            dweights += total
         return (
             dx,
             dh0 if needs[1] else None,
@@ -131,19 +144,33 @@ def lstm_gradient_tangents(
         )
         tdx = None
         if needs[0]:
-            tdx = _add(_dx(tdpre, p.weights), _dx(dpre, tweights))  # R18
+            tdx = _add(dx_of(tdpre, p.weights), dx_of(dpre, tweights))  # R18
         tdweights: list[Tensor | None] = []
         for d, need in enumerate(by_direction(needs[3:])):
-            factors = _factors(need, p, d)
+            factors = factors_of(need, p, d)
             tfactors = _tangent_factors(need, p, d, tx, th0, tc0, ty, tgates, tcells)
             products = need._replace(bias_ih=False, bias_hh=False)  # type: ignore[arg-type]
-            first = _sums(need, tdpre[d], tdh[d], factors, p, d)  # R19, R21
-            second = _sums(products, dpre[d], dh[d], tfactors, p, d)  # R20
-            tdweights += (_add(a, b) for a, b in zip(first, second, strict=True))
+            first = sums_of(need, tdpre[d], tdh[d], factors, p, d)  # R19, R21
+            second = sums_of(products, dpre[d], dh[d], tfactors, p, d)  # R20
+            tdweights += add_each(first, second)
         return tdx, tdh0 if needs[1] else None, tdc0 if needs[2] else None, *tdweights
 
 
-def _dx(dpre: Tensor, weights: Tensors) -> Tensor | None:
+def blocks(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[Run]:
+    """The batch in runs of BLOCK_ROWS rows or more, over which sums are taken one after another.
+
+    Long batches are summed block by block, in the order of the backward pass, so that recomputing
+    one block at a time (lstm_recompute.py) adds the very same numbers.
+    """
+    n_steps = n_rows // max(batch, 1) if batch_sizes is None else len(batch_sizes)
+    whole = Run(slice(0, n_steps), slice(0, n_rows))
+    if torch.compiler.is_compiling() or n_rows < 2 * BLOCK_ROWS:
+        return [whole]
+    sizes = [batch] * n_steps if batch_sizes is None else batch_sizes.tolist()
+    return runs(whole, sizes, 1, BLOCK_ROWS)
+
+
+def dx_of(dpre: Tensor, weights: Tensors) -> Any:
     dx = None
     for d, w in enumerate(by_direction(weights)):
         if w.weight_ih is not None:
@@ -151,16 +178,20 @@ def _dx(dpre: Tensor, weights: Tensors) -> Tensor | None:
     return dx
 
 
-def _factors(need: LSTMWeights, p: Primal, d: int) -> Factors:
-    """The factors that the needed gradients of direction d take."""
+def factors_of(need: LSTMWeights, p: Primal, d: int, reverse: bool = False) -> Factors:
+    """The factors that the needed gradients of direction d take.
+
+    `reverse`: a single direction runs from the last step to the first, as a second one does.
+    """
+    reverse = reverse or bool(d)
     h_prev = m = c_prev = None
     gates, cells = p.gates[d], p.cells[d]
     if need.weight_hh:
-        h_prev = previous(_direction(p.y, p.h0, d), p.h0[d], p.batch_sizes, bool(d))
+        h_prev = previous(_direction(p.y, p.h0, d), p.h0[d], p.batch_sizes, reverse)
     if need.weight_hr:
         m = gates.chunk(4, -1)[3] * torch.tanh(cells)
     if need.weight_ci or need.weight_cf:
-        c_prev = previous(cells, p.c0[d], p.batch_sizes, bool(d))
+        c_prev = previous(cells, p.c0[d], p.batch_sizes, reverse)
     return Factors(p.x, h_prev, m, c_prev, cells)
 
 
@@ -194,7 +225,7 @@ def _direction(y: Tensor, h0: Tensor, d: int) -> Tensor:
     return y[:, d * P : (d + 1) * P]
 
 
-def _sums(
+def sums_of(
     need: LSTMWeights, dpre: Tensor, dh: Tensor, factors: Factors, p: Primal, d: int
 ) -> LSTMWeights:
     """The sums over all rows, taken once, as matrix products; None where not needed or zero."""
@@ -231,6 +262,14 @@ def _apart(samples: int | None) -> Callable[[Tensor], Tensor]:
     if samples is None:
         return lambda t: t
     return lambda t: t.unflatten(-2, (-1, samples)).transpose(-2, -3)
+
+
+def add_each(a: LSTMWeights, b: LSTMWeights) -> LSTMWeights:
+    return LSTMWeights(*(_add(s, t) for s, t in zip(a, b, strict=True)))  # type: ignore[arg-type]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

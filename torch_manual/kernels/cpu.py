@@ -13,6 +13,7 @@ import ctypes
 import os
 import platform
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,10 @@ FOLDER = Path(__file__).resolve().parent.parent / "csrc"
 _HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
+
+
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
 
 
 class Grid(NamedTuple):
@@ -188,9 +193,9 @@ def lstm_forward(
         return tuple(t.to(dtype) for t in results)  # type: ignore[return-value]
     x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     (N, I), (D, B, P), H = x.shape, h0.shape, c0.shape[2]
-    y, h_n, c_n = x.new_empty(N, D * P), torch.empty_like(h0), torch.empty_like(c0)
-    gates = x.new_empty((D, N, 4 * H) if save else 0)
-    cells = x.new_empty((D, N, H) if save else 0)
+    y, h_n, c_n = _empty(x, N, D * P), torch.empty_like(h0), torch.empty_like(c0)
+    gates = _empty(x, D, N, 4 * H) if save else x.new_empty(0)
+    cells = _empty(x, D, N, H) if save else x.new_empty(0)
     T, lengths = _steps(N, B, batch_sizes)
     if T == 0:
         return y, h_n.copy_(h0), c_n.copy_(c0), gates, cells
@@ -239,8 +244,8 @@ def lstm_backward(
     weight_hh, projected = weights[1], weights[4] is not None
     assert weight_hh is not None
     (D, N, _), (_, B, H), P = gates.shape, c0.shape, weight_hh.shape[1]
-    dpre = torch.empty_like(gates)
-    dh = gates.new_empty((D, N, P) if projected else (D, 0))
+    dpre = _empty(gates, *gates.shape)
+    dh = _empty(gates, D, N, P) if projected else gates.new_empty(D, 0)
     dh0, dc0 = gates.new_empty(D, B, P), torch.empty_like(c0)
     T, lengths = _steps(N, B, batch_sizes)
     if T == 0:
@@ -268,6 +273,26 @@ def lstm_backward(
         ),
     )
     return dpre, dh, dh0, dc0
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """`like.new_empty(shape)`; in huge pages if large, whose first touch costs a fraction."""
+    t = like.new_empty(shape)
+    if t.nbytes >= 2 * _HUGE_PAGE and _madvise is not None:
+        start = -(-t.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        _madvise(start, t.data_ptr() + t.nbytes - start, _MADV_HUGEPAGE)
+    return t
+
+
+def _find_madvise() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise
+
+
+_madvise = _find_madvise()
 
 
 def _call(name: str, arguments: bytes) -> None:

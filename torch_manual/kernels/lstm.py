@@ -11,6 +11,8 @@ P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
 
     x (N, I)   h0, h_n (D, B, P)   c0, c_n (D, B, H)   y (N, D·P)   gates, dpre (D, N, 4H)
     cells (D, N, H)   dh (D, N, P)   batch_sizes (T,) int64 on the CPU, or None
+
+The second direction runs from the last step to the first; with `reverse`, so does a single one.
 """
 
 from __future__ import annotations
@@ -55,11 +57,12 @@ def _forward(
     batch_sizes: Tensor | None,
     weights: Sequence[Tensor | None],
     save: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(x)
     results = [
-        _forward_direction(x.to(dtype), h, c, batch_sizes, _cast(w, dtype), bool(reverse))
-        for reverse, (h, c, w) in enumerate(
+        _forward_direction(x.to(dtype), h, c, batch_sizes, _cast(w, dtype), bool(d) or reverse)
+        for d, (h, c, w) in enumerate(
             zip(h0.to(dtype), c0.to(dtype), by_direction(weights), strict=True)
         )
     ]
@@ -106,6 +109,7 @@ def _backward(
     weights: Sequence[Tensor | None],
     gates: Tensor,
     cells: Tensor,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(gates)
     n_directions, n_rows = gates.shape[:2]
@@ -128,7 +132,7 @@ def _backward(
             _cast(w, dtype),
             gates[d].to(dtype),
             cells[d].to(dtype),
-            reverse=bool(d),
+            reverse=bool(d) or reverse,
         )
         for d, w in enumerate(directions)
     ]
@@ -206,6 +210,7 @@ def _fake_forward(
     batch_sizes: Tensor | None,
     weights: Sequence[Tensor | None],
     save: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (D, _, P), H, N = h0.shape, c0.shape[2], x.shape[0]
     saved = ((D, N, 4 * H), (D, N, H)) if save else ((0,), (0,))
@@ -227,6 +232,7 @@ def _fake_backward(
     weights: Sequence[Tensor | None],
     gates: Tensor,
     cells: Tensor,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w = by_direction(weights)[0]
     (D, N, _), B, P = gates.shape, c0.shape[1], w.weight_hh.shape[1]
@@ -242,7 +248,8 @@ def _fake_backward(
 for _name, _schema, _plain, _fake in (
     (
         "torch_manual::lstm_forward",
-        "(Tensor x, Tensor h0, Tensor c0, Tensor? batch_sizes, Tensor?[] weights, bool save)"
+        "(Tensor x, Tensor h0, Tensor c0, Tensor? batch_sizes, Tensor?[] weights, bool save,"
+        " bool reverse=False)"
         " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
         _forward,
         _fake_forward,
@@ -250,7 +257,7 @@ for _name, _schema, _plain, _fake in (
     (
         "torch_manual::lstm_backward",
         "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor c0, Tensor? batch_sizes,"
-        " Tensor?[] weights, Tensor gates, Tensor cells)"
+        " Tensor?[] weights, Tensor gates, Tensor cells, bool reverse=False)"
         " -> (Tensor dpre, Tensor dh, Tensor dh0, Tensor dc0)",
         _backward,
         _fake_backward,

@@ -6,6 +6,8 @@ sorted by falling length, so that the sequences alive at step t are always the f
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,35 @@ def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[slice]:
         return [slice(start, start + batch) for start in range(0, n_rows, batch or 1)]
     ends = batch_sizes.cumsum(0).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+class Run(NamedTuple):
+    """Consecutive time steps, and their rows."""
+
+    steps: slice
+    rows: slice
+
+
+def runs(whole: Run, sizes: list[int], min_steps: int, min_rows: int) -> list[Run]:
+    """Cut `whole` into runs of at least so many steps and rows; what is left over joins the last.
+
+    Args:
+        whole: what to cut.
+        sizes: how many sequences are alive at each of its steps.
+    """
+    cuts = []
+    step, row = whole.steps.start, whole.rows.start
+    first_step, first_row = step, row
+    for size in sizes:
+        step, row = step + 1, row + size
+        if step - first_step >= min_steps and row - first_row >= min_rows:
+            cuts.append(Run(slice(first_step, step), slice(first_row, row)))
+            first_step, first_row = step, row
+    start = cuts.pop() if cuts else whole
+    cuts.append(
+        Run(slice(start.steps.start, whole.steps.stop), slice(start.rows.start, whole.rows.stop))
+    )
+    return cuts
 
 
 def previous(

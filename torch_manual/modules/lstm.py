@@ -38,6 +38,8 @@ class LSTM(nn.RNNBase):
         proj_size: if > 0, h_t is a projection of the cell's output, of this size.
         device, dtype: of the parameters.
         return_cells: the forward pass returns every c_t of the last layer as well.
+        recompute: train in little memory: keep h and c of every `recompute`-th step only, and run
+            the steps between again in the backward pass.
 
     Inputs: `input` (T, B, I), (T, I) unbatched, or a PackedSequence; `hx` = (h_0, c_0), zeros if
     not given, of (layers·D, B, P) and (layers·D, B, H); without B when unbatched.
@@ -48,6 +50,7 @@ class LSTM(nn.RNNBase):
     """
 
     return_cells = False
+    recompute: int | None = None
 
     def __init__(
         self,
@@ -63,7 +66,12 @@ class LSTM(nn.RNNBase):
         dtype: Any = None,
         *,
         return_cells: bool = False,
+        recompute: int | None = None,
     ) -> None:
+        if recompute is not None and (type(recompute) is not int or recompute < 1):
+            raise ValueError(f"recompute must be a positive int or None, got {recompute!r}")
+        if recompute is not None and return_cells:
+            raise ValueError("recompute saves nothing when return_cells=True keeps every c_t")
         super().__init__(
             "LSTM",
             input_size,
@@ -78,6 +86,7 @@ class LSTM(nn.RNNBase):
             dtype,
         )
         self.return_cells = return_cells
+        self.recompute = recompute
 
     get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
     check_forward_args: Any = nn.LSTM.check_forward_args
@@ -96,7 +105,10 @@ class LSTM(nn.RNNBase):
         """Do nothing; the kernels read the parameters where they are."""
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", return_cells=True" if self.return_cells else "")
+        s = super().extra_repr()
+        if self.return_cells:
+            s += ", return_cells=True"
+        return s if self.recompute is None else s + f", recompute={self.recompute}"
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         if isinstance(input, PackedSequence):
@@ -174,6 +186,7 @@ class LSTM(nn.RNNBase):
                 self._weights(states),
                 batch_sizes,
                 return_cells=self.return_cells and last,
+                recompute=self.recompute,
             )
             h_n.append(h)
             c_n.append(c)

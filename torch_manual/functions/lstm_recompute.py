@@ -1,0 +1,206 @@
+"""The LSTM's gradient in little memory: run the forward pass again, a segment at a time.
+
+Only h and c at the start of every segment are kept. The backward pass goes through the segments in
+reverse, computes the gates and cells of one again and forgets them. The sums over time are taken
+over the blocks of lstm_gradients.py, so every gradient is bit for bit what it would have been.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_manual.functions._autocast import autocast_off
+from torch_manual.functions.lstm_gradients import (
+    NOTHING,
+    Primal,
+    add_each,
+    blocks,
+    dx_of,
+    factors_of,
+    sums_of,
+)
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward, lstm_forward
+from torch_manual.kernels.rows import Run, runs
+
+MIN_STEPS, MIN_ROWS = 2, 64  # the kernels take fewer in another way, which rounds differently
+
+Plan = list[list[tuple[int, Run]]]
+
+
+class LSTMRecomputeFunction(torch.autograd.Function):
+    """(x, h0, c0, batch_sizes, steps, weights) → (y, h_n, c_n, h and c where segments start)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        batch_sizes: Tensor | None,
+        steps: int,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        segments = [s for block in _plan(x, h0, batch_sizes, steps) for s in block]
+        P = h0.shape[2]
+        y = x.new_empty(x.shape[0], h0.shape[0] * P)
+        h, c = h0.clone(), c0.clone()
+        h_starts, c_starts = (t.new_empty(len(segments), *t.shape) for t in (h, c))
+        with autocast_off(x):
+            for d, w in enumerate(by_direction(weights)):
+                for k, segment in reversed(segments) if d else segments:
+                    h_starts[k, d], c_starts[k, d] = h[d], c[d]
+                    given = _inputs(x, h[d], c[d], batch_sizes, segment)
+                    alive = slice(given[1].shape[1])
+                    y_s, h_s, c_s, _, _ = lstm_forward(*given, w, False, d == 1)
+                    y[segment.rows, d * P : (d + 1) * P] = y_s
+                    h[d, alive], c[d, alive] = h_s[0], c_s[0]
+        return y, h, c, h_starts, c_starts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, _, _, batch_sizes, ctx.steps, *weights = inputs
+        y, _, _, h_starts, c_starts = output
+        ctx.mark_non_differentiable(h_starts, c_starts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, batch_sizes, y, h_starts, c_starts, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
+        dx, dh0, dc0, *dweights = LSTMRecomputeGradientFunction.apply(
+            needs, ctx.steps, *outer[:3], *ctx.saved_tensors
+        )
+        return dx, dh0, dc0, None, None, *dweights
+
+
+class LSTMRecomputeGradientFunction(torch.autograd.Function):
+    """The backward pass as a node of the graph, so that differentiating it again is refused."""
+
+    @staticmethod
+    def forward(
+        needs: tuple[bool, ...],
+        steps: int,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        y: Tensor,
+        h_starts: Tensor,
+        c_starts: Tensor,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        P = h_starts.shape[3]
+        dx = torch.zeros_like(x) if needs[0] else None
+        dh = torch.zeros_like(h_starts[0]) if dh_n is None else dh_n.clone()
+        dc = torch.zeros_like(c_starts[0]) if dc_n is None else dc_n.clone()
+        dweights: list[Tensor | None] = []
+        with autocast_off(x):
+            for d, need in enumerate(by_direction(needs[3:])):
+                columns = slice(d * P, (d + 1) * P)
+                dweights += _backward_direction(
+                    need,
+                    None if dy is None else dy[:, columns],
+                    dh[d],
+                    dc[d],
+                    dx,
+                    x,
+                    y[:, columns],
+                    batch_sizes,
+                    h_starts[:, d],
+                    c_starts[:, d],
+                    by_direction(weights)[d],
+                    steps,
+                    reverse=d == 1,
+                )
+        return dx, dh if needs[1] else None, dc if needs[2] else None, *dweights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("lstm: with recompute there are no second-order gradients")
+
+
+def _backward_direction(
+    need: LSTMWeights,
+    dy: Tensor | None,
+    dh: Tensor,
+    dc: Tensor,
+    dx: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    batch_sizes: Tensor | None,
+    h_starts: Tensor,
+    c_starts: Tensor,
+    w: LSTMWeights,
+    steps: int,
+    reverse: bool,
+) -> LSTMWeights:
+    """Return the weights' gradients; turn dh, dc into dh0, dc0 and add to dx, all in place."""
+    total = NOTHING
+    plan = _plan(x, h_starts, batch_sizes, steps)
+    for block in plan if reverse else reversed(plan):
+        pieces = []
+        for k, segment in block if reverse else reversed(block):
+            given = _inputs(x, h_starts[k], c_starts[k], batch_sizes, segment)
+            _, _, _, gates, cells = lstm_forward(*given, w, True, reverse)
+            alive = slice(given[1].shape[1])
+            dpre, dh_rows, dh_s, dc_s = lstm_backward(
+                None if dy is None else dy[segment.rows],
+                dh[None, alive],
+                dc[None, alive],
+                None,
+                *given[2:],
+                w,
+                gates,
+                cells,
+                reverse,
+            )
+            dh[alive], dc[alive] = dh_s[0], dc_s[0]
+            pieces.append((dpre, dh_rows, gates, cells))
+        in_time = pieces if reverse else pieces[::-1]
+        dpre, dh_rows, gates, cells = (torch.cat(t, 1) for t in zip(*in_time, strict=True))
+        entry = block[-1 if reverse else 0][0]
+        whole = _span(block)
+        given = _inputs(x, h_starts[entry], c_starts[entry], batch_sizes, whole)
+        p = Primal(*given, y[whole.rows], gates, cells, w)
+        total = add_each(
+            total, sums_of(need, dpre[0], dh_rows[0], factors_of(need, p, 0, reverse), p, 0)
+        )
+        if dx is not None:
+            dx[whole.rows] += dx_of(dpre, w)
+    return total
+
+
+def _plan(x: Tensor, states: Tensor, batch_sizes: Tensor | None, steps: int) -> Plan:
+    """The blocks of lstm_gradients, each as its numbered segments of `steps` steps or more."""
+    N, B = x.shape[0], states.shape[-2]
+    sizes = [B] * (N // B) if batch_sizes is None else batch_sizes.tolist()
+    plan: Plan = []
+    k = 0
+    for block in blocks(N, B, batch_sizes):
+        segments = runs(block, sizes[block.steps], max(steps, MIN_STEPS), MIN_ROWS)
+        plan.append(list(enumerate(segments, k)))
+        k += len(segments)
+    return plan
+
+
+def _span(block: list[tuple[int, Run]]) -> Run:
+    (_, first), (_, last) = block[0], block[-1]
+    return Run(slice(first.steps.start, last.steps.stop), slice(first.rows.start, last.rows.stop))
+
+
+def _inputs(
+    x: Tensor, h: Tensor, c: Tensor, batch_sizes: Tensor | None, run: Run
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, h0, c0 and batch_sizes of a run of one direction, for the sequences alive in it."""
+    if batch_sizes is None:
+        return x[run.rows], h[None], c[None], None
+    sizes = batch_sizes[run.steps]
+    alive = int(sizes[0])
+    return x[run.rows], h[None, :alive], c[None, :alive], sizes

@@ -14,6 +14,8 @@ def autocast_cast(*tensors: Tensor | None) -> tuple:
     Float64 and integer tensors stay as they are, and so does everything outside an autocast
     region. The casts are recorded, so the gradient of a float32 weight is float32.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -26,6 +28,8 @@ def autocast_cast(*tensors: Tensor | None) -> tuple:
 
 def autocast_off(t: Tensor) -> AbstractContextManager:
     """A context without autocast, in which a hand-written formula computes as written."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
     device = t.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

@@ -185,7 +185,9 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
     """Whether what backward, forward mode or a transform of torch.func needs must be kept."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:
@@ -194,18 +196,17 @@ def _check(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) ->
         _check_same(x, state, "hidden")
     for w in weights:
         full = w.weight_ci is not None and w.weight_ci.dim() == 2
-        expected: list[tuple[str, tuple[int, ...]]] = [
-            ("(4H, I)", (4 * H, I)),
-            ("(4H, P)", (4 * H, P)),
-        ]
-        expected += [("(4H,)", (4 * H,))] * 2 + [("(P, H)", (P, H))]
-        expected += [("(H, H)", (H, H)) if full else ("(H,)", (H,))] * 3
-        for name, t, (symbols, shape) in zip(w._fields, w, expected, strict=True):
+        peephole = (H, H) if full else (H,)
+        shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H), peephole, peephole, peephole
+        for k, (t, shape) in enumerate(zip(w, shapes, strict=True)):
             if t is None:
                 continue
             if t.shape != shape:
-                got = tuple(t.shape)
-                raise ValueError(f"lstm: {name} must be {symbols} = {shape}, got {got}")
+                symbols = ("(4H, I)", "(4H, P)", "(4H,)", "(4H,)", "(P, H)", "(H, H)", "(H,)")
+                symbol = symbols[k if k < 5 else 5 if full else 6]
+                raise ValueError(
+                    f"lstm: {w._fields[k]} must be {symbol} = {shape}, got {tuple(t.shape)}"
+                )
             _check_same(x, t, "parameter")
         if w.weight_hr is None and P != H:
             raise ValueError(f"lstm: without weight_hr, h0 must be as wide as c0, {H}, got {P}")

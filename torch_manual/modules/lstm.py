@@ -181,8 +181,8 @@ class LSTM(nn.RNNBase):
             last = layer == self.num_layers - 1
             x, h, c, *cells = lstm_layer(
                 x,
-                h0[states],
-                c0[states],
+                h0 if self.num_layers == 1 else h0[states],
+                c0 if self.num_layers == 1 else c0[states],
                 self._weights(states),
                 batch_sizes,
                 return_cells=self.return_cells and last,
@@ -195,10 +195,16 @@ class LSTM(nn.RNNBase):
         return x, torch.cat(h_n), torch.cat(c_n), *cells
 
     def _weights(self, directions: slice) -> list[LSTMWeights]:
-        return [
-            LSTMWeights(**{name.partition("_l")[0]: getattr(self, name) for name in names})
-            for names in self._all_weights[directions]
-        ]
+        """The parameters as they are now, in the order of LSTMWeights."""
+        weights = []
+        for names in self._all_weights[directions]:
+            tensors = [getattr(self, name) for name in names]
+            if not self.bias:
+                tensors[2:2] = None, None
+            if not self.proj_size:
+                tensors[4:4] = (None,)
+            weights.append(LSTMWeights(*tensors))
+        return weights
 
 
 class PeepholeLSTM(LSTM):

@@ -77,9 +77,12 @@ def test_loss_through_one_output_only(case, only):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.id)
 def test_error_is_at_most_twice_stocks(sample, dtype):
-    """Root mean square error against float64 over 20 draws, of every output and gradient."""
+    """Root mean square error against float64 of every output and gradient, median of many draws.
+
+    Saturated gates need more of them: of two equal modules either can err 2 × the other in a draw.
+    """
     errors = []
-    for seed in range(20):
+    for seed in range(20 if sample.scale == 1 else 300):
         torch.manual_seed(seed)
         ours = torch_manual.LSTM(sample.I, sample.H, dtype=dtype, **sample.kwargs)
         stock = nn.LSTM(sample.I, sample.H, dtype=dtype, **sample.kwargs)
@@ -94,11 +97,11 @@ def test_error_is_at_most_twice_stocks(sample, dtype):
             results.append([t.detach().double() for t in (*outputs, *grads)])
         errors.append(
             [
-                [(a - truth).square().mean(), (b - truth).square().mean()]
+                [(t - truth).square().mean().sqrt() for t in (a, b)]
                 for truth, a, b in zip(*results, strict=True)
             ]
         )
-    for own, stocks in torch.tensor(errors).mean(0).sqrt():
+    for own, stocks in torch.tensor(errors).median(0).values:
         assert own <= 2 * stocks
 
 

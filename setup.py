@@ -9,7 +9,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FLAGS = [
-    *("-std=c++17", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    *(
+        "-std=c++17",
+        "-O2",
+        "-g0",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-fno-exceptions",
+        "-fno-rtti",
+    ),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-Wall", "-Wextra", "-Wno-ignored-attributes", "-Wno-psabi"),
 ]
@@ -48,7 +56,14 @@ setup(
             ["torch_manual/csrc/lstm.cpp"],
             depends=[
                 f"torch_manual/csrc/{header}.h"
-                for header in ("lstm", "lstm_forward", "lstm_backward", "product", "threads", "vector")
+                for header in (
+                    "lstm",
+                    "lstm_forward",
+                    "lstm_backward",
+                    "product",
+                    "threads",
+                    "vector",
+                )
             ],
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-fopenmp"],

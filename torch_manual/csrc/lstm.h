@@ -30,6 +30,7 @@ struct Weights {
 struct Sizes {
     int64_t T, B, I, H, P, D;
     int64_t full_peepholes;      // 1: weight_ci, weight_cf, weight_co are (H, H)
+    int64_t reverse;             // 1: the first direction, then the only one, runs in reverse
     Grid grid;                   // the threads to use
     const int64_t* batch_sizes;  // (T,) falling, first B; or null: every step has B rows
 };

@@ -13,7 +13,7 @@ struct Backward {
     const BackwardArguments<real>* args;
     Rows rows;
     Weights<real> w;
-    int64_t T, B, H, P, reverse;
+    int64_t T, B, H, P, direction, reverse;
     int64_t pairs, panels_p;  // of 2L units, of 2L outputs
 
     // Borrowed memory. Panels of 2L outputs: hh (4H, 2L). Of 2L units: hr (P, 2L), and the full
@@ -35,7 +35,8 @@ struct Backward {
     bool full() const { return args->sizes.full_peepholes; }
 
     void plan(Workspace& workspace, const BackwardArguments<real>& a, int64_t d, const Rows& r) {
-        args = &a, rows = r, w = a.weights[d], reverse = d;
+        args = &a, rows = r, w = a.weights[d];
+        direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
         T = s.T, B = s.B, H = s.H, P = s.P;
         pairs = (H + 2 * L - 1) / (2 * L), panels_p = (P + 2 * L - 1) / (2 * L);
@@ -63,10 +64,10 @@ struct Backward {
             pack_peephole(peep_o + p * H * 2 * L, w.weight_co, p);
         }
         const Range sequences = share(B, thread, threads);
-        real* dc = args->dc0 + (reverse * B + sequences.begin) * H;
+        real* dc = args->dc0 + (direction * B + sequences.begin) * H;
         const int64_t n = (sequences.end - sequences.begin) * H;
         if (args->dc_n)
-            memcpy(dc, args->dc_n + (reverse * B + sequences.begin) * H, n * sizeof(real));
+            memcpy(dc, args->dc_n + (direction * B + sequences.begin) * H, n * sizeof(real));
         else
             memset(dc, 0, n * sizeof(real));
     }
@@ -91,13 +92,13 @@ struct Backward {
     }
 
     Step step_at(int64_t t, int64_t s, int64_t prev) const {
-        const int64_t N = rows.start(T), start = rows.start(t), row = reverse * N + start;
+        const int64_t N = rows.start(T), start = rows.start(t), row = direction * N + start;
         Step step = {};
         step.dpre_next = dpre[~s & 1], step.dpre_kept = dpre[s & 1];
-        if (args->dy) step.dy = args->dy + start * args->stride_dy + reverse * P;
+        if (args->dy) step.dy = args->dy + start * args->stride_dy + direction * P;
         step.gates = args->gates + row * 4 * H;
         step.cells = args->cells + row * H;
-        step.cells_prev = rows.alive(prev) ? args->cells + (reverse * N + rows.start(prev)) * H : nullptr;
+        step.cells_prev = rows.alive(prev) ? args->cells + (direction * N + rows.start(prev)) * H : nullptr;
         if (args->dcells) step.dcells = args->dcells + row * H;
         step.dpre = args->dpre + row * 4 * H;
         if (w.weight_hr) step.dh = args->dh + row * P;
@@ -154,7 +155,7 @@ struct Backward {
         vec dh_b = sent;
         if (step.dy) dh_b += load(step.dy + b * args->stride_dy + p, lanes);  // B1
         if (b >= step.going_on && args->dh_n)
-            dh_b += load(args->dh_n + (reverse * B + b) * P + p, lanes);
+            dh_b += load(args->dh_n + (direction * B + b) * P + p, lanes);
         return dh_b;
     }
 
@@ -228,7 +229,7 @@ struct Backward {
         const vec o = load(gates + 3 * H, lanes);
         const vec tanh_c = tanh<real>(load(step.cells + b * H + u, lanes));
         const vec dpre_o = dm * tanh_c * o * ((real)1 - o);  // B3
-        real* dc_carry = args->dc0 + (reverse * B + b) * H + u;
+        real* dc_carry = args->dc0 + (direction * B + b) * H + u;
         vec dc = load(dc_carry, lanes) + dm * o * ((real)1 - tanh_c * tanh_c);  // B4
         if (step.dcells) dc += load(step.dcells + b * H + u, lanes);
         store(step.dpre + b * 4 * H + 3 * H + u, dpre_o, lanes);
@@ -243,14 +244,14 @@ struct Backward {
         const real* gates = step.gates + b * 4 * H + u;
         const vec i = load(gates, lanes), f = load(gates + H, lanes), g = load(gates + 2 * H, lanes);
         const vec c_prev = load(b < step.has_prev ? step.cells_prev + b * H + u
-                                                  : args->c0 + (reverse * B + b) * H + u, lanes);
+                                                  : args->c0 + (direction * B + b) * H + u, lanes);
         const vec dpre_i = dc * g * i * ((real)1 - i);       // B5
         const vec dpre_f = dc * c_prev * f * ((real)1 - f);  // B6
         const vec dpre_g = dc * i * ((real)1 - g * g);       // B7
         vec dc_prev = dc * f;                                // B8
         if (!full() && w.weight_ci) dc_prev += dpre_i * load(w.weight_ci + u, lanes);
         if (!full() && w.weight_cf) dc_prev += dpre_f * load(w.weight_cf + u, lanes);
-        store(args->dc0 + (reverse * B + b) * H + u, dc_prev, lanes);
+        store(args->dc0 + (direction * B + b) * H + u, dc_prev, lanes);
         real *to = step.dpre + b * 4 * H + u, *kept = step.dpre_kept + b * stride_dpre + u;
         store(to, dpre_i, lanes), store(to + H, dpre_f, lanes), store(to + 2 * H, dpre_g, lanes);
         store(kept, dpre_i, lanes), store(kept + H, dpre_f, lanes), store(kept + 2 * H, dpre_g, lanes);
@@ -275,7 +276,7 @@ struct Backward {
                 for (int v = 0; v < 2; v++) {
                     const int64_t u = (2 * pair + v) * L;
                     if (u >= f.H) break;
-                    const real* dc = f.args->dc0 + (f.reverse * f.B + row + r) * f.H + u;
+                    const real* dc = f.args->dc0 + (f.direction * f.B + row + r) * f.H + u;
                     f.gates_back(*step, row + r, u, load(dc, f.H - u) + sum[r][v]);
                 }
         }
@@ -298,7 +299,7 @@ struct Backward {
                 f.add_peepholes_if(sum, step->dpre_kept, row, panel);
             else
                 f.add_recurrent(sum, step->dpre_kept, row, panel);
-            real* to = (cell ? f.args->dc0 : f.args->dh0) + (f.reverse * f.B + row) * n;
+            real* to = (cell ? f.args->dc0 : f.args->dh0) + (f.direction * f.B + row) * n;
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < 2; v++) {
                     const int64_t u = (2 * panel + v) * L;

@@ -14,7 +14,7 @@ struct Forward {
     const ForwardArguments<real>* args;
     Rows rows;
     Weights<real> w;
-    int64_t T, B, I, H, P, reverse;
+    int64_t T, B, I, H, P, direction, reverse;
     int64_t panels, pairs, panels_p;  // of L units, of 2L units, of 2L outputs
 
     // Borrowed memory. Panels: of L units, gate by gate, ih (I, 4, L) and hh (P, 4, L); peepholes
@@ -37,7 +37,8 @@ struct Forward {
     bool packed() const { return !args->unpacked; }
 
     void plan(Workspace& workspace, const ForwardArguments<real>& a, int64_t d, const Rows& r) {
-        args = &a, rows = r, w = a.weights[d], reverse = d;
+        args = &a, rows = r, w = a.weights[d];
+        direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
         T = s.T, B = s.B, I = s.I, H = s.H, P = s.P;
         panels = (H + L - 1) / L, pairs = (H + 2 * L - 1) / (2 * L);
@@ -45,7 +46,7 @@ struct Forward {
         stride_h = row_stride<real>(P), stride_c = row_stride<real>(H);
         ih = workspace.take<real>(packed() ? panels * I * 4 * L : 0);
         hh = workspace.take<real>(packed() ? panels * P * 4 * L : 0);
-        peep_if = workspace.take<real>(full() ? panels * H * 2 * L : 0);
+        peep_if = workspace.take<real>(full() && packed() ? panels * H * 2 * L : 0);
         peep_o = workspace.take<real>(full() ? pairs * H * 2 * L : 0);
         hr = workspace.take<real>(w.weight_hr ? panels_p * H * 2 * L : 0);
         bias = workspace.take<real>(4 * panels * L);
@@ -55,7 +56,8 @@ struct Forward {
         }
         m = workspace.take<real>(w.weight_hr ? B * stride_c : 0);
         stride_pre = a.gates ? 4 * H : row_stride<real>(4 * H);
-        const int64_t kept = a.gates || !packed() ? 0 : B + s.grid.batches * chunk_rows;
+        const bool unused = a.gates || (!packed() && !full());
+        const int64_t kept = unused ? 0 : B + s.grid.batches * chunk_rows;
         input_part = workspace.take<real>(kept * stride_pre);
     }
 
@@ -75,7 +77,7 @@ struct Forward {
                 if (w.bias_hh) b += load(w.bias_hh + g * H + p * L, H - p * L);
                 store(bias + (g * panels + p) * L, b);
             }
-            if (full())
+            if (full() && packed())
                 for (int v = 0; v < 2; v++)
                     pack_peephole(peep_if + p * H * 2 * L + v * L, v ? w.weight_cf : w.weight_ci, p);
         }
@@ -90,8 +92,8 @@ struct Forward {
         const Range sequences = share(B, thread, threads);
         for (int64_t b = sequences.begin; b < sequences.end; b++)
             for (int k = 0; k < 2; k++) {
-                memcpy(h[k] + b * stride_h, args->h0 + (reverse * B + b) * P, P * sizeof(real));
-                memcpy(c[k] + b * stride_c, args->c0 + (reverse * B + b) * H, H * sizeof(real));
+                memcpy(h[k] + b * stride_h, args->h0 + (direction * B + b) * P, P * sizeof(real));
+                memcpy(c[k] + b * stride_c, args->c0 + (direction * B + b) * H, H * sizeof(real));
             }
     }
 
@@ -133,7 +135,7 @@ struct Forward {
 
     // Where the input part of step t lies (as if of sequence 0).
     real* input_rows(int64_t t, int64_t low, const Range& mine, bool whole, real* buffer) const {
-        if (args->gates) return args->gates + (reverse * rows.start(T) + rows.start(t)) * 4 * H;
+        if (args->gates) return args->gates + (direction * rows.start(T) + rows.start(t)) * 4 * H;
         if (whole) return buffer + (rows.start(t) - rows.start(low)) * stride_pre;
         return buffer + ((t - low) * (mine.end - mine.begin) - mine.begin) * stride_pre;
     }
@@ -154,13 +156,13 @@ struct Forward {
     }
 
     Step step_at(int64_t t, int64_t s, real* pre) const {
-        const int64_t start = rows.start(t), row = reverse * rows.start(T) + start;
+        const int64_t start = rows.start(t), row = direction * rows.start(T) + start;
         Step step;
         step.pre = pre;
         step.x = args->x + start * I;
         step.h_prev = h[s & 1], step.h = h[~s & 1];
         step.c_prev = c[s & 1], step.c = c[~s & 1];
-        step.y = args->y + (start * args->sizes.D + reverse) * P;
+        step.y = args->y + (start * args->sizes.D + direction) * P;
         step.gates = args->gates ? args->gates + row * 4 * H : nullptr;
         step.cells = args->cells ? args->cells + row * H : nullptr;
         return step;
@@ -188,8 +190,8 @@ struct Forward {
         for (int64_t b = mine.begin; b < mine.end; b++) {
             length = reverse ? T : rows.length(b, length);
             const int last = length & 1;
-            memcpy(args->h_n + (reverse * B + b) * P, h[last] + b * stride_h, P * sizeof(real));
-            memcpy(args->c_n + (reverse * B + b) * H, c[last] + b * stride_c, H * sizeof(real));
+            memcpy(args->h_n + (direction * B + b) * P, h[last] + b * stride_h, P * sizeof(real));
+            memcpy(args->c_n + (direction * B + b) * H, c[last] + b * stride_c, H * sizeof(real));
         }
     }
 
@@ -260,6 +262,14 @@ struct Forward {
                 add_dots(sum, step->x + row * f.I, f.I, f.w.weight_ih + u * f.I, f.H * f.I, f.I);
                 add_dots(sum, step->h_prev + row * f.stride_h, f.stride_h, f.w.weight_hh + u * f.P,
                          f.H * f.P, f.P);
+                for (int g = 0; g < 2; g++) {
+                    const real* weight = g ? f.w.weight_cf : f.w.weight_ci;
+                    if (!f.full() || !weight) continue;
+                    vec peep[ROWS][1] = {};
+                    const real* c_prev = step->c_prev + row * f.stride_c;
+                    add_dots(peep, c_prev, f.stride_c, weight + u * f.H, 0, f.H);
+                    for (int r = 0; r < ROWS; r++) sum[r][g] += peep[r][0];
+                }
                 for (int r = 0; r < ROWS; r++)
                     for (int g = 0; g < 4; g++) pre[r][g][u - panel * L] = sum_lanes<real>(sum[r][g]);
             }

@@ -11,7 +11,7 @@ namespace {
 // Tiles as large as the registers hold.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int wide_rows = 6;    // × 4 vectors
-constexpr int narrow_rows = 12; // × 2 vectors
+constexpr int narrow_rows = 8;  // × 2 vectors
 #else
 constexpr int wide_rows = 3;
 constexpr int narrow_rows = 6;
@@ -67,8 +67,8 @@ INLINE void add_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t 
 }
 
 // sum[r][g] += Σ_k a[r][k] · w_g[k], over the lanes of `sum`: for weights too rarely used to pack.
-template <typename real, int ROWS>
-INLINE void add_dots(vec_of<real> (&sum)[ROWS][4], const real* a, int64_t stride_a,
+template <typename real, int ROWS, int GATES>
+INLINE void add_dots(vec_of<real> (&sum)[ROWS][GATES], const real* a, int64_t stride_a,
                      const real* w, int64_t gate, int64_t K) {
     constexpr int L = Vector<real>::lanes;
     const int64_t tail = K % L;
@@ -76,11 +76,11 @@ INLINE void add_dots(vec_of<real> (&sum)[ROWS][4], const real* a, int64_t stride
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-            for (int g = 0; g < 4; g++)
+            for (int g = 0; g < GATES; g++)
                 sum[r][g] += load(a + r * stride_a + k) * load(w + g * gate + k);
     if (tail == 0) return;
     for (int r = 0; r < ROWS; r++)
-        for (int g = 0; g < 4; g++)
+        for (int g = 0; g < GATES; g++)
             sum[r][g] += load(a + r * stride_a + K - tail, tail) * load(w + g * gate + K - tail, tail);
 }
 

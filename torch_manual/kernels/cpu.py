@@ -25,7 +25,9 @@ from torch import Tensor
 from torch_manual.kernels import backend
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
-FOLDER = Path(__file__).resolve().parent.parent / "csrc"
+FOLDER = Path(
+    os.environ.get("TORCH_MANUAL_KERNEL_FOLDER", Path(__file__).resolve().parent.parent / "csrc")
+)
 _HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
@@ -60,8 +62,8 @@ def override(**choices: Any) -> Iterator[None]:
     """Within a `with` block, fix what is otherwise chosen by processor and shape. For tests.
 
     Args:
-        choices: `instruction_set`, a name of INSTRUCTION_SETS; `grid`, a `Grid`; `unpacked`, whether
-            the weights are read where they are.
+        choices: `instruction_set`, a name of INSTRUCTION_SETS; `grid`, a `Grid`; `unpacked`,
+            whether the weights are read where they are.
     """
     global _override
     before, _override = _override, _override._replace(**choices)
@@ -121,7 +123,9 @@ def _best_instruction_set() -> str:
     for name in INSTRUCTION_SETS[best:]:
         if _path(name).exists():
             if name == "baseline" and platform.machine() in ("x86_64", "AMD64"):
-                raise RuntimeError("the processor has neither AVX2 nor AVX-512: torch ops are faster")
+                raise RuntimeError(
+                    "the processor has neither AVX2 nor AVX-512: torch ops are faster"
+                )
             return name
     raise RuntimeError(f"no file in {FOLDER} that this processor can run")
 
@@ -154,7 +158,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def _grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
-    """The threads to use, by shape; `work` is the number of multiplications of one direction."""
+    """The threads to use, by shape; `work` is the number of multiplications of one direction.
+
+    Threads that share the sequences never wait for one another, but each reads all weights; those
+    that share the units wait at every step, and a step must be worth it.
+    """
     if _override.grid:
         return _override.grid
     threads = 1 if _forked else torch.get_num_threads()
@@ -164,17 +172,15 @@ def _grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
     threads //= directions
     if threads == 1 or work < 1_000_000:
         return Grid(directions)
-    if B >= 4 * threads and H <= 256:
+    if T > 1 and 4 * threads <= B and H <= 256:
         return Grid(directions, batches=threads)
-    units = min(threads, (H + 31) // 32)
-    if work // T < 20_000:
-        units = 1
+    units = min(threads, -(-H // 32), max(1, work // (T * 30_000)))
     return Grid(directions, units=units)
 
 
-# T, B, I, H, P, D, full peepholes, grid, batch_sizes; then `unpacked` and nine, or stride and eleven
-_forward_arguments = struct.Struct(f"{11 + 9 + 2 * _WEIGHTS}q").pack
-_backward_arguments = struct.Struct(f"{11 + 12 + 2 * _WEIGHTS}q").pack
+# Sizes take twelve words; then come `unpacked` and eight pointers, or eleven and a stride.
+_forward_arguments = struct.Struct(f"{12 + 9 + 2 * _WEIGHTS}q").pack
+_backward_arguments = struct.Struct(f"{12 + 12 + 2 * _WEIGHTS}q").pack
 
 
 def lstm_forward(
@@ -184,12 +190,15 @@ def lstm_forward(
     batch_sizes: Tensor | None,
     weights: Sequence[Tensor | None],
     save: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`torch_manual::lstm_forward` on CPU tensors."""
     dtype = x.dtype
     if dtype in _HALF:
         single = [None if w is None else w.float() for w in weights]
-        results = lstm_forward(x.float(), h0.float(), c0.float(), batch_sizes, single, save)
+        results = lstm_forward(
+            x.float(), h0.float(), c0.float(), batch_sizes, single, save, reverse
+        )
         return tuple(t.to(dtype) for t in results)  # type: ignore[return-value]
     x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     (N, I), (D, B, P), H = x.shape, h0.shape, c0.shape[2]
@@ -208,8 +217,8 @@ def lstm_forward(
     _call(
         name,
         _forward_arguments(
-            *(T, B, I, H, P, D, full, *_grid(T, B, work, H, D), lengths),
-            unpacked and not full,
+            *(T, B, I, H, P, D, full, reverse, *_grid(T, B, work, H, D), lengths),
+            unpacked,
             *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), gates.data_ptr(), cells.data_ptr()),
             *pointers,
@@ -228,6 +237,7 @@ def lstm_backward(
     weights: Sequence[Tensor | None],
     gates: Tensor,
     cells: Tensor,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`torch_manual::lstm_backward` on CPU tensors."""
     dtype = gates.dtype
@@ -236,7 +246,10 @@ def lstm_backward(
             None if t is None else t.float()
             for t in (dy, dh_n, dc_n, dcells, c0, gates, cells, *weights)
         ]
-        results = lstm_backward(*single[:5], batch_sizes, single[7:], *single[5:7])  # type: ignore[arg-type]
+        dy, dh_n, dc_n, dcells, c0, gates, cells, *weights = single  # type: ignore[assignment]
+        results = lstm_backward(
+            dy, dh_n, dc_n, dcells, c0, batch_sizes, weights, gates, cells, reverse
+        )
         return tuple(t.to(dtype) for t in results)  # type: ignore[return-value]
     gates, cells, c0 = gates.contiguous(), cells.contiguous(), c0.contiguous()
     dh_n, dc_n, dcells = (None if t is None else t.contiguous() for t in (dh_n, dc_n, dcells))
@@ -264,7 +277,7 @@ def lstm_backward(
     _call(
         name,
         _backward_arguments(
-            *(T, B, 0, H, P, D, full, *_grid(T, B, work, H, D), lengths),
+            *(T, B, 0, H, P, D, full, reverse, *_grid(T, B, work, H, D), lengths),
             *(0 if dy is None else dy.data_ptr(), stride_dy),
             *(0 if t is None else t.data_ptr() for t in (dh_n, dc_n, dcells)),
             *(c0.data_ptr(), gates.data_ptr(), cells.data_ptr()),
@@ -309,9 +322,10 @@ def _steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, in
 
 def _weights(
     weights: Sequence[Tensor | None],
-) -> tuple[list[Tensor | None], tuple[int, ...], bool]:
-    """The weights in C order, their addresses for two directions, and whether peepholes are full."""
-    dense = [w if w is None or w.is_contiguous() else w.contiguous() for w in weights]
-    pointers = tuple([0 if w is None else w.data_ptr() for w in dense])
-    full = any(w is not None and w.dim() == 2 for w in dense[5:_WEIGHTS])
-    return dense, pointers if len(pointers) > _WEIGHTS else pointers + _NONE, full
+) -> tuple[Sequence[Tensor | None], tuple[int, ...], bool]:
+    """The weights in C order, their addresses (of two directions), and if peepholes are full."""
+    if not all(w is None or w.is_contiguous() for w in weights):
+        weights = [None if w is None else w.contiguous() for w in weights]
+    pointers = tuple([0 if w is None else w.data_ptr() for w in weights])
+    full = any(w is not None and w.dim() == 2 for w in weights[5:_WEIGHTS])
+    return weights, pointers if len(pointers) > _WEIGHTS else pointers + _NONE, full

@@ -1,0 +1,457 @@
+"""The compiled CPU kernel: every shape class, sharing among threads, instruction set and dtype.
+
+The plain-torch op in float64 says what is right; it is itself checked elsewhere against the
+reference and finite differences. One test here goes round it, to `reference.py`.
+"""
+
+import copy
+import gc
+import itertools
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+import torch_manual
+from torch_manual.kernels import cpu
+from torch_manual.kernels import lstm as ops
+from torch_manual.kernels.cpu import Grid
+
+if cpu.status() != "available":
+    pytest.skip(f"no CPU kernel: {cpu.status()}", allow_module_level=True)
+
+BUILT = cpu.INSTRUCTION_SETS[cpu.INSTRUCTION_SETS.index(cpu.instruction_set()) :]
+GRIDS = (Grid(), Grid(1, 2, 1), Grid(1, 1, 2), Grid(2, 1, 1), Grid(1, 3, 2))
+# T, B, I, H
+SIZES = ((3, 5, 4, 7), (4, 13, 9, 33), (6, 1, 2, 1), (3, 5, 8, 100), (5, 2, 3, 17), (1, 3, 5, 17))
+CLASSES = {
+    "dense": {},
+    "bidirectional": {"D": 2},
+    "projection": {"D": 2, "projection": True},
+    "diagonal": {"peepholes": 1},
+    "full": {"peepholes": 2},
+    "full-projection": {"D": 2, "peepholes": 2, "projection": True},
+    "packed": {"D": 2, "packed": True},
+    "packed-projection": {"D": 2, "packed": True, "projection": True, "peepholes": 1},
+    "packed-full": {"D": 2, "packed": True, "peepholes": 2},
+    "no-bias": {"bias": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_nan_where_unwritten():
+    """Plain torch ops on one thread, for speed; and torch.empty filled with NaN."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+class Problem(NamedTuple):
+    """The arguments of the forward op, and of the backward op what comes from outside."""
+
+    x: torch.Tensor
+    h0: torch.Tensor
+    c0: torch.Tensor
+    batch_sizes: torch.Tensor | None
+    weights: list
+    outer: tuple  # dy, dh_n, dc_n, dcells
+
+    def to(self, dtype):
+        def cast(t):
+            return None if t is None else t.to(dtype)
+
+        weights, outer = ([cast(t) for t in part] for part in (self.weights, self.outer))
+        states = (cast(t) for t in self[:3])
+        return Problem(*states, self.batch_sizes, weights, tuple(outer))
+
+
+def problem(T, B, I, H, D=1, peepholes=0, projection=False, packed=False, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    P = max(1, H // 3) if projection else H
+    batch_sizes, N = None, T * B
+    if packed:
+        lengths = torch.randint(1, T + 1, (B,), generator=generator)
+        lengths[0] = T
+        batch_sizes = torch.stack([(lengths > t).sum() for t in range(T)])
+        N = int(lengths.sum())
+    weights = []
+    for _ in range(D):
+        small = H**-0.5
+        weights += [draw(4 * H, I) * small, draw(4 * H, P) * small]
+        weights += [draw(4 * H), draw(4 * H)] if bias else [None, None]
+        weights += [draw(P, H) * small if projection else None]
+        weights += [draw(*[H] * peepholes) * small if peepholes else None for _ in range(3)]
+    states = draw(N, I), draw(D, B, P), draw(D, B, H)
+    outer = draw(N, D * P), draw(D, B, P), draw(D, B, H), draw(D, N, H)
+    return Problem(*states, batch_sizes, weights, outer)
+
+
+def plain(p):
+    forward = ops._forward(*p[:5], True)
+    return forward, ops._backward(*p.outer, p.c0, p.batch_sizes, p.weights, *forward[3:])
+
+
+def compiled(p, saved):
+    forward = cpu.lstm_forward(*p[:5], True)
+    return forward, cpu.lstm_backward(*p.outer, p.c0, p.batch_sizes, p.weights, *saved)
+
+
+def error(results, right):
+    """The largest error of each of `results`; NaN if one is."""
+    return torch.stack(
+        [
+            (a.double() - b).abs().max() if b.numel() else torch.zeros(()).double()
+            for a, b in zip(results, right, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_agrees_with_plain_torch(instruction_set, name, dtype):
+    for sizes in SIZES:
+        p = problem(*sizes, **CLASSES[name])
+        forward, backward = plain(p)
+        bound = torch.full((9,), 1e-12)
+        if dtype == torch.float32:
+            forward_32, backward_32 = plain(p.to(dtype))
+            bound = 3 * error([*forward_32, *backward_32], [*forward, *backward]) + 2e-6
+        given = p.to(dtype)
+        for grid, unpacked in itertools.product(GRIDS, (False, True)):
+            with cpu.override(instruction_set=instruction_set, grid=grid, unpacked=unpacked):
+                ours = compiled(given, [t.to(dtype) for t in forward[3:]])
+                inferred = cpu.lstm_forward(*given[:5], False)
+            assert (error([*ours[0], *ours[1]], [*forward, *backward]) <= bound).all(), (
+                sizes,
+                grid,
+            )
+            for a, b in zip(inferred[:3], ours[0][:3], strict=True):
+                assert torch.equal(a, b), (sizes, grid)
+
+
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_long_sums_and_many_chunks(instruction_set):
+    for sizes, kind in itertools.product(
+        ((150, 5, 3, 9), (3, 7, 300, 272)), ({}, {"packed": True})
+    ):
+        p = problem(*sizes, **kind)
+        forward, backward = plain(p)
+        for grid in GRIDS:
+            with cpu.override(instruction_set=instruction_set, grid=grid):
+                ours = compiled(p, forward[3:])
+                inferred = cpu.lstm_forward(*p[:5], False)
+            assert (error([*ours[0], *ours[1]], [*forward, *backward]) < 1e-10).all(), grid
+            assert torch.equal(inferred[0], ours[0][0])
+
+
+@pytest.mark.parametrize("given", range(16))
+def test_any_gradient_from_outside_may_be_missing(given):
+    p = problem(4, 3, 2, 5, D=2, packed=True)
+    outer = tuple(t if given >> k & 1 else None for k, t in enumerate(p.outer))
+    p = p._replace(outer=outer)
+    forward, backward = plain(p)
+    assert (error(compiled(p, forward[3:])[1], backward) < 1e-12).all()
+
+
+def test_outer_gradients_and_inputs_of_any_layout():
+    p = problem(4, 6, 3, 5)
+    dy = p.outer[0]
+    layouts = {
+        "one number": torch.ones(()).double().expand_as(dy),
+        "one row": dy[:1].expand_as(dy),
+        "one column": dy[:, :1].expand_as(dy),
+        "transposed": dy.T.contiguous().T,
+        "part of wider rows": torch.cat([dy, dy], 1)[:, : dy.shape[1]],
+    }
+    for name, laid_out in layouts.items():
+        q = p._replace(
+            x=p.x.T.contiguous().T,
+            h0=p.h0.mT.contiguous().mT,
+            weights=[w if w is None or w.dim() == 1 else w.T.contiguous().T for w in p.weights],
+            outer=(laid_out, *p.outer[1:]),
+        )
+        forward, backward = plain(q)
+        ours = compiled(q, forward[3:])
+        assert (error([*ours[0], *ours[1]], [*forward, *backward]) < 1e-12).all(), name
+
+
+def test_empty_batch():
+    x, state, dpre = torch.zeros(0, 3), torch.zeros(1, 0, 4), torch.zeros(1, 0, 16)
+    weights = problem(1, 1, 3, 4).to(torch.float32).weights
+    y, h_n, _, gates, cells = cpu.lstm_forward(x, state, state, None, weights, True)
+    assert (y.shape, h_n.shape, gates.shape) == ((0, 4), (1, 0, 4), (1, 0, 16))
+    outer = (y, None, None, None)
+    assert cpu.lstm_backward(*outer, state, None, weights, gates, cells)[0].shape == dpre.shape
+
+
+@pytest.mark.parametrize("peepholes", [0, 1, 2])
+def test_against_the_reference(peepholes):
+    """The module on the forced kernel, against step equations under autograd."""
+    T, B, I, H = 5, 4, 3, 7
+    kind = {0: {}, 1: {"peephole": "diagonal"}, 2: {"peephole": "full"}}[peepholes]
+    layer = torch_manual.PeepholeLSTM if peepholes else torch_manual.LSTM
+    torch.manual_seed(0)
+    m = layer(I, H, num_layers=2, bidirectional=True, proj_size=3, dtype=torch.float64, **kind)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    h0, c0 = (torch.randn(4, B, n, dtype=torch.float64, requires_grad=True) for n in (3, H))
+    inputs = [x, h0, c0, *m.parameters()]
+    lengths = [5, 3, 3, 1]
+    with torch_manual.use_backend("cpu"):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+        y, (h_n, c_n) = m(packed, (h0, c0))
+        y = nn.utils.rnn.pad_packed_sequence(y)[0]
+        ours = (y, h_n, c_n)
+        ours_grad = torch.autograd.grad(sum(t.cos().sum() for t in ours), inputs)
+    params = dict(m.named_parameters())
+    right = reference.lstm(x, h0, c0, params, 2, True, lengths)[:3]
+    right_grad = torch.autograd.grad(sum(t.cos().sum() for t in right), inputs)
+    assert (error([*ours, *ours_grad], [*right, *right_grad]) < 1e-12).all()
+
+
+@pytest.mark.parametrize("sizes", [(30, 16, 64, 64), (10, 8, 512, 512), (100, 4, 16, 32)])
+def test_no_less_accurate_than_stock(sizes):
+    T, B, I, H = sizes
+    errors = {"stock": 0, "ours": 0}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        exact = nn.LSTM(I, H, dtype=torch.float64)
+        x = torch.randn(T, B, I, dtype=torch.float64)
+        modules = {"exact": exact, "stock": nn.LSTM(I, H), "ours": torch_manual.LSTM(I, H)}
+        results = {}
+        for name, m in modules.items():
+            m.load_state_dict(exact.state_dict())
+            given = x.to(m.weight_ih_l0.dtype).requires_grad_()
+            y, (h_n, c_n) = m(given)
+            grads = torch.autograd.grad(y.cos().sum(), [given, *m.parameters()])
+            results[name] = [y.detach(), h_n.detach(), c_n.detach(), *grads]
+        for name in errors:
+            errors[name] = errors[name] + error(results[name], results["exact"])
+    # Sums of largest errors of y, h_n, c_n and the gradients; a tenth is the noise of few draws.
+    assert (errors["ours"] <= 1.1 * errors["stock"]).all(), errors["ours"] / errors["stock"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_go_where_they_go_in_stock(bad):
+    torch.manual_seed(0)
+    stock = nn.LSTM(5, 33)
+    ours = torch_manual.LSTM(5, 33)
+    ours.load_state_dict(stock.state_dict())
+    clean = copy.deepcopy(stock.state_dict())
+    for where in ("x", "h0", "c0", "weight_hh_l0", "bias_ih_l0"):
+        x, h0, c0 = torch.randn(6, 9, 5), torch.randn(1, 9, 33), torch.randn(1, 9, 33)
+        state = copy.deepcopy(clean)
+        {"x": x, "h0": h0, "c0": c0, **state}[where].view(-1)[20] = bad
+        results = []
+        for m in (stock, ours):
+            m.load_state_dict(state)
+            x.grad = None
+            y, (h_n, c_n) = m(x.requires_grad_(), (h0, c0))
+            (dx,) = torch.autograd.grad(y.sum(), x)
+            results.append((y, h_n, c_n, dx))
+            x = x.detach()
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5, msg=where)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_computes_in_float32(dtype):
+    p = problem(5, 4, 3, 17, D=2, packed=True).to(dtype)
+    forward, backward = plain(p)
+    ours = compiled(p, forward[3:])
+    for a, b in zip([*ours[0], *ours[1]], [*forward, *backward], strict=True):
+        assert a.dtype == dtype
+        # one rounding to half precision apart
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def _change_by_optimizer(m):
+    m(torch.randn(2, 3, 4))[0].sum().backward()
+    torch.optim.SGD(m.parameters(), lr=0.5).step()
+
+
+def _change_by_data(m):
+    for p in m.parameters():
+        p.data.copy_(torch.randn_like(p))
+
+
+def _change_by_state_dict(m):
+    m.load_state_dict({k: torch.randn_like(v) for k, v in m.state_dict().items()})
+
+
+def _change_in_place(m):
+    with torch.no_grad():
+        for p in m.parameters():
+            p.mul_(-2)
+
+
+def _change_through_numpy(m):
+    for p in m.parameters():
+        p.detach().numpy()[:] += 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _change_by_optimizer,
+        _change_by_data,
+        _change_by_state_dict,
+        _change_in_place,
+        _change_through_numpy,
+    ],
+)
+def test_changed_weights_are_seen(change):
+    torch.manual_seed(0)
+    m = torch_manual.LSTM(4, 5)
+    for T in (1, 2, 40):
+        x = torch.randn(T, 3, 4)
+        with torch.no_grad():
+            before = m(x)[0]
+            with torch.enable_grad():
+                change(m)
+            after = m(x)[0]
+            with torch_manual.use_backend("eager"):
+                right = m(x)[0]
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, right)
+
+
+def test_eight_threads_at_once():
+    shapes = [(20, 8, 16, 40), (9, 3, 5, 100), (30, 1, 7, 64), (1, 4, 6, 33)] * 2
+    problems = [problem(*s, D=2, seed=k) for k, s in enumerate(shapes)]
+    rights = [plain(p) for p in problems]
+    wrong = []
+
+    def work(k):
+        for n in range(12):
+            ours = compiled(problems[k], rights[k][0][3:])
+            if not (error([*ours[0], *ours[1]], [*rights[k][0], *rights[k][1]]) < 1e-11).all():
+                wrong.append((k, n))
+
+    for grid in (Grid(), Grid(1, 2, 1), Grid(1, 1, 2)):
+        with cpu.override(grid=grid):
+            threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+            for t in threads:
+                t.start()
+            for t in threads:
+                t.join()
+    assert wrong == []
+
+
+def test_after_fork():
+    """A forked child, whose OpenMP threads are gone, computes as its parent does."""
+    torch.manual_seed(0)
+    m = torch_manual.LSTM(64, 256)
+    x = torch.randn(20, 32, 64)
+    torch.use_deterministic_algorithms(False)  # it fills with NaN, on torch's own threads
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        right = m(x)[0].numpy()
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(write, b"y" if abs(m(x)[0].numpy() - right).max() < 1e-6 else b"n")
+            finally:
+                os._exit(0)
+    os.close(write)
+    answered = select.select([read], [], [], 60)[0]
+    answer = os.read(read, 1) if answered else b"hangs"
+    if not answered:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(read)
+    assert answer == b"y"
+
+
+def test_two_live_graphs_and_a_second_backward():
+    torch.manual_seed(0)
+    m = torch_manual.LSTM(3, 9, dtype=torch.float64)
+    x1, x2 = (torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with torch_manual.use_backend("eager"):
+        right = [torch.autograd.grad(m(x)[0].sum(), x)[0] for x in (x1, x2)]
+    y1, y2 = m(x1)[0], m(x2)[0]
+    for _ in range(2):
+        for x, y, dx in ((x2, y2, right[1]), (x1, y1, right[0])):
+            (ours,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+            torch.testing.assert_close(ours, dx)
+
+
+def test_memory_does_not_grow():
+    m = torch_manual.LSTM(4, 8)
+    x = torch.randn(3, 2, 4)
+
+    def calls(n):
+        for _ in range(n):
+            m(x)[0].sum().backward()
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = calls(500)
+    assert calls(10_000) - before < 4 << 10  # KiB; 430 bytes lost a call would show
+
+
+def test_backend_choice():
+    p = problem(3, 2, 4, 5)
+    calls = []
+    original = cpu.lstm_forward
+    cpu.lstm_forward = lambda *a: calls.append(1) or original(*a)
+    try:
+        for name, expected in (("auto", 1), ("cpu", 1), ("eager", 0)):
+            calls.clear()
+            with torch_manual.use_backend(name):
+                ops.lstm_forward(*p[:5], False)
+            assert len(calls) == expected, name
+    finally:
+        cpu.lstm_forward = original
+    odd = p.to(torch.complex64)
+    with (
+        torch_manual.use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"'cpu' kernel has no code for torch\.complex64"),
+    ):
+        ops.lstm_forward(*odd[:5], False)
+
+
+def test_threads_are_those_of_torch():
+    """The number of threads that OpenMP makes follows torch.set_num_threads."""
+    script = """
+import os, torch, torch_manual
+from torch_manual.kernels import cpu
+torch.set_num_threads(3)
+with torch.no_grad():
+    torch_manual.LSTM(64, 256)(torch.randn(20, 32, 64))
+assert cpu._grid(20, 32, 20 * 32 * 4 * 256 * 320, 256, 1) != cpu.Grid()
+torch.set_num_threads(1)
+assert cpu._grid(20, 32, 20 * 32 * 4 * 256 * 320, 256, 1) == cpu.Grid()
+with open("/proc/self/maps") as maps:
+    runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
+assert len(runtimes) <= 1, runtimes
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ})
+
+
+def test_says_why_it_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "FOLDER", tmp_path)
+    monkeypatch.setattr(cpu, "_status", None)
+    monkeypatch.setattr(cpu, "_libraries", {})
+    assert "was not compiled" in torch_manual.backends()["cpu"]
+    assert not cpu.serves(torch.float32)
+    torch_manual.LSTM(3, 4)(torch.randn(5, 2, 3))[0].sum().backward()
+    with pytest.raises(RuntimeError, match="'cpu' is not available: it was not compiled"):
+        torch_manual.use_backend("cpu")

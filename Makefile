@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SOURCES := pyproject.toml requirements-dev.txt $(wildcard setup.py torch_manual/csrc/*.[ch])
+SOURCES := pyproject.toml requirements-dev.txt $(wildcard setup.py torch_manual/csrc/*.[ch]*)
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test sanitize benchmarks lint types docs clean
 
 demo: $(INSTALLED)  ## check every gradient, then train a character language model on real text
 	$(BIN)/python -m torch_manual check
@@ -11,6 +11,12 @@ demo: $(INSTALLED)  ## check every gradient, then train a character language mod
 
 test: $(INSTALLED)  ## the whole test suite
 	$(BIN)/python -m pytest
+
+sanitize: $(INSTALLED)  ## the CPU kernel's tests under AddressSanitizer and UBSan
+	sh tests/sanitize.sh $(BIN)/python
+
+benchmarks: $(INSTALLED)
+	$(BIN)/python -m benchmarks
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

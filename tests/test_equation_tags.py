@@ -35,6 +35,16 @@ def test_every_equation_is_in_the_code(name):
     assert computed - defined == set(), "in the code only"
 
 
+@pytest.mark.parametrize("name", ["lstm"])
+def test_the_compiled_kernel_carries_the_recurrences_tags(name):
+    files = (ROOT / "torch_manual/csrc").glob(f"{name}*.h")
+    found = tags("\n".join(f.read_text() for f in files))
+    plain = tags((ROOT / f"torch_manual/kernels/{name}.py").read_text())
+    assert len(plain) > 10
+    assert plain - found == set(), "not in C"
+    assert found - plain == set(), "in C only"
+
+
 def test_every_layer_has_a_derivation():
     layers = {p.stem for p in (ROOT / "torch_manual/modules").glob("[a-z]*.py")}
     assert layers <= set(PAGES)

@@ -25,7 +25,7 @@ from torch_manual.functions.lstm_second_order import (
     fold,
     vmap_by_loop,
 )
-from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward, lstm_infer
 
 __all__ = ["LSTMWeights", "lstm_cell", "lstm_layer"]
 
@@ -51,7 +51,7 @@ def lstm_layer(
         h_t = (o ⊙ tanh(c_t)) W_hrᵀ
 
     Args:
-        x: (T, B, I), or (N, I) rows of a packed batch.
+        x: (T, B, I), or its (N, I) rows; those of a PackedSequence go with its batch_sizes.
         h0: (D, B, P).
         c0: (D, B, H).
         weights: one `LSTMWeights` per direction; the second runs from the last step to the first.
@@ -75,7 +75,7 @@ def lstm_layer(
     _check(x, h0, c0, weights)
     if torch.compiler.is_compiling() and h0 is c0:
         c0 = c0.clone()
-    rows = x if batch_sizes is not None else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if recompute is not None and torch.is_grad_enabled():
         y, h_n, c_n, _, _ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
     elif _needs_graph(x, h0, c0, *flat):
@@ -83,8 +83,9 @@ def lstm_layer(
         y, h_n, c_n, cells, _ = function.apply(rows, h0, c0, batch_sizes, *flat)
     else:
         with autocast_off(x):
-            y, h_n, c_n, _, cells = lstm_forward(rows, h0, c0, batch_sizes, flat, return_cells)
-    y = y.view(*x.shape[:-1], y.shape[-1])
+            y, h_n, c_n, _, cells = lstm_infer(rows, h0, c0, batch_sizes, flat, return_cells)
+    if x.dim() == 3:
+        y = y.view(*x.shape[:-1], y.shape[-1])
     if not return_cells:
         return y, h_n, c_n
     return y, h_n, c_n, cells.movedim(0, 1).reshape(*x.shape[:-1], -1)
@@ -101,8 +102,8 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
     Returns:
         h_t and c_t, (B, H) each.
     """
-    _, h_n, c_n = lstm_layer(x.unsqueeze(0), hx[0].unsqueeze(0), hx[1].unsqueeze(0), [weights])
-    return h_n.squeeze(0), c_n.squeeze(0)
+    h, _, c_n = lstm_layer(x, hx[0].unsqueeze(0), hx[1].unsqueeze(0), [weights])
+    return h, c_n.squeeze(0)
 
 
 class LSTMFunction(torch.autograd.Function):

@@ -71,11 +71,9 @@ def lstm_gradients(
     with autocast_off(p.gates):
         dpre, dh, dh0, dc0 = lstm_backward(*outer, p.c0, p.batch_sizes, p.weights, p.gates, p.cells)
         apart = _apart(samples)
-        parts = (
-            [slice(None)]
-            if samples
-            else [block.rows for block in blocks(p.x.shape[0], p.h0.shape[1], p.batch_sizes)]
-        )
+        parts = [slice(None)]
+        if samples is None and not torch.compiler.is_compiling():
+            parts = [b.rows for b in blocks(p.x.shape[0], p.h0.shape[1], p.batch_sizes)]
         dx = None
         if needs[0]:
             dx = _joined([dx_of(apart(dpre[:, rows]), p.weights) for rows in parts])
@@ -164,7 +162,7 @@ def blocks(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[Run]:
     """
     n_steps = n_rows // max(batch, 1) if batch_sizes is None else len(batch_sizes)
     whole = Run(slice(0, n_steps), slice(0, n_rows))
-    if torch.compiler.is_compiling() or n_rows < 2 * BLOCK_ROWS:
+    if n_rows < 2 * BLOCK_ROWS:
         return [whole]
     sizes = [batch] * n_steps if batch_sizes is None else batch_sizes.tolist()
     return runs(whole, sizes, 1, BLOCK_ROWS)

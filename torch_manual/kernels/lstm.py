@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu
+from torch_manual.kernels import backend, cpu
 from torch_manual.kernels.rows import previous, steps
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class LSTMWeights(NamedTuple):
@@ -268,14 +270,48 @@ for _name, _schema, _plain, _fake in (
     torch.library.register_fake(_name, _fake)
 
 
-@torch.library.impl("torch_manual::lstm_forward", "cpu")
+def _triton() -> Any:
+    from torch_manual.kernels import triton  # it imports this file
+
+    return triton
+
+
 def _forward_cpu(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if backend.triton_serves(x):
+        return _triton().lstm_forward(x, *rest)
     return (cpu.lstm_forward if cpu.serves(x.dtype) else _forward)(x, *rest)
 
 
-@torch.library.impl("torch_manual::lstm_backward", "cpu")
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    if backend.triton_serves(args[4]):
+        return _triton().lstm_backward(*args)
     return (cpu.lstm_backward if cpu.serves(args[4].dtype) else _backward)(*args)
+
+
+def _forward_cuda(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _triton().lstm_forward(x, *rest) if backend.triton_serves(x) else _forward(x, *rest)
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _triton().lstm_backward(*args) if backend.triton_serves(args[4]) else _backward(*args)
+
+
+torch.library.impl("torch_manual::lstm_forward", "cpu", _forward_cpu)
+torch.library.impl("torch_manual::lstm_backward", "cpu", _backward_cpu)
+torch.library.impl("torch_manual::lstm_forward", "cuda", _forward_cuda)
+torch.library.impl("torch_manual::lstm_backward", "cuda", _backward_cuda)
+
+
+def lstm_infer(x: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """`lstm_forward` where no gradient is wanted: without the dispatcher when nobody listens to it.
+
+    A step takes the kernel a few microseconds, and the dispatcher as long again.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return lstm_forward(x, h0, c0, *rest)
+    if x.is_cpu and all(t is None or type(t) in PLAIN for t in (x, h0, c0, *rest[1])):
+        return _forward_cpu(x, h0, c0, *rest)
+    return lstm_forward(x, h0, c0, *rest)
 
 
 lstm_forward = torch.ops.torch_manual.lstm_forward.default

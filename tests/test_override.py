@@ -122,9 +122,10 @@ def test_subclass_script_and_trace(calls):
         with override():
             traced_by_ours = torch.jit.trace(Wrapper(), (x,))
     calls.clear()
-    for module in (scripted, traced, traced_by_ours):
+    # A trace holds no lstm_cell, but what stock does in it.
+    for module, made in ((scripted, 3), (traced, 2), (traced_by_ours, 2)):
         for _ in range(3):  # the profiling executor compiles at the second call
-            expect_same(calls, 3, module, x)
+            expect_same(calls, made, module, x)
 
 
 def test_functional_calls(calls):

@@ -12,6 +12,7 @@ from torch_manual.modules.linear import Linear
 from torch_manual.modules.loss import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 from torch_manual.modules.lstm import LSTM, LSTMCell, PeepholeLSTM, PeepholeLSTMCell
 from torch_manual.modules.two_linear import TwoLinear
+from torch_manual.override import override
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "functional",
     "gradcheck",
     "init",
+    "override",
     "replace",
     "restore",
     "use_backend",

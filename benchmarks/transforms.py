@@ -1,0 +1,244 @@
+"""Time what is beyond a forward and a backward pass: `python -m benchmarks.transforms`.
+
+Each row is two sides timed in turns (benchmarks/measure.py), the median of their ratio, and what is
+asked of it. Where both sides compute the same thing, it is compared before it is timed.
+
+Dims: T steps, B batch, I input, H hidden. The second derivative needs stock's plain path: oneDNN's
+LSTM has none, so it is switched off for stock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+import torch_manual
+from benchmarks.machine import describe
+from benchmarks.measure import block, interleaved, lost_seconds, no_garbage_collection, summarize
+
+RESULTS = Path(__file__).parent / "results"
+PARTIAL_RESULTS = Path("runs/benchmarks")
+HEAD = ("what", "ms", "compared with", "ms", "ratio", "asked", "")
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`step` beside `base`; the ratio of their times is to be at least or at most `limit`.
+
+    `same` is the pair of their results where these should be equal.
+    """
+
+    name: str
+    base_name: str
+    step: Step
+    base: Step
+    limit: float
+    at_least: bool = False  # then it is base / step, a speedup, else step / base, a cost
+    same: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
+
+    def row(self, seconds: float) -> tuple[str, ...]:
+        if self.same is not None:
+            torch.testing.assert_close(*self.same(), rtol=1e-3, atol=1e-4)
+        with no_garbage_collection():
+            sides = [block(side, _nothing) for side in (self.base, self.step)]
+            timing = summarize(interleaved(sides[0], sides[1], seconds, lost_seconds))
+        ratio = timing.ratio if self.at_least else 1 / timing.ratio
+        met = ratio >= self.limit if self.at_least else ratio <= self.limit
+        return (
+            self.name,
+            f"{timing.ours_ms:.3g}",
+            self.base_name,
+            f"{timing.stock_ms:.3g}",
+            f"{ratio:.2f} ×",
+            f"{'≥' if self.at_least else '≤'} {self.limit:g} ×",
+            ("met" if met else "MISSED") + (", noisy" if timing.noisy else ""),
+        )
+
+
+def comparisons() -> Iterator[Comparison]:
+    yield gradient_penalty(T=100, B=8, I=64, H=64)
+    yield per_sample_gradients(T=50, B=32, I=64, H=128)
+    yield from first_order(T=100, B=8, I=64, H=64)
+    yield hessian_vector_product(T=100, B=8, I=64, H=64)
+
+
+def gradient_penalty(T: int, B: int, I: int, H: int) -> Comparison:
+    ours, stock = torch_manual.LSTM(I, H), nn.LSTM(I, H)
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(T, B, I, requires_grad=True)
+
+    def step(module: nn.Module) -> Sequence[Tensor]:
+        (slope,) = torch.autograd.grad(module(x)[0].mean(0).sum(), x, create_graph=True)
+        penalty = ((slope.norm(dim=(0, 2)) - 1) ** 2).mean()
+        return torch.autograd.grad(penalty, [*module.parameters()], allow_unused=True)
+
+    def stock_step() -> Sequence[Tensor]:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return step(stock)
+
+    return Comparison(
+        f"gradient penalty T{T} B{B} I{I} H{H}",
+        "torch.nn",
+        lambda: step(ours),
+        stock_step,
+        limit=8,
+        at_least=True,
+        same=lambda: (step(ours), stock_step()),
+    )
+
+
+def per_sample_gradients(T: int, B: int, I: int, H: int) -> Comparison:
+    from opacus import GradSampleModule  # type: ignore[import-untyped]
+    from opacus.layers import DPLSTM  # type: ignore[import-untyped]
+
+    ours = torch_manual.LSTM(I, H)
+    theirs = DPLSTM(I, H)
+    theirs.load_state_dict(ours.state_dict())
+    with_hooks = GradSampleModule(theirs, batch_first=False, loss_reduction="sum")
+    their_parameters = dict(theirs.named_parameters())
+    x = torch.randn(T, B, I)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(ours, parameters, (x,))[0].square().sum()
+
+    def step() -> list[Tensor]:
+        return list(vmap(grad(loss), (None, 1))(parameters, x).values())
+
+    def opacus_step() -> list[Tensor]:
+        with_hooks.zero_grad()
+        with_hooks(x)[0].square().sum().backward()
+        return [their_parameters[name].grad_sample for name in parameters]
+
+    return Comparison(
+        f"per-sample gradients T{T} B{B} I{I} H{H}",
+        "Opacus's DPLSTM",
+        step,
+        opacus_step,
+        limit=8,
+        at_least=True,
+        same=lambda: (step(), opacus_step()),
+    )
+
+
+def first_order(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
+    module = torch_manual.LSTM(I, H)
+    x, tx = torch.randn(2, T, B, I)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return module(x)[0]
+
+    def of_input() -> object:
+        return jvp(lambda x: functional_call(module, parameters, (x,))[0], (x,), (tx,))
+
+    def of_weights() -> object:
+        return jvp(lambda p: functional_call(module, p, (x,))[0], (parameters,), (tangents,))
+
+    for name, step in (("input", of_input), ("weights", of_weights)):
+        yield Comparison(f"jvp along the {name} T{T} B{B} I{I} H{H}", "forward", step, forward, 2.5)
+
+
+def hessian_vector_product(T: int, B: int, I: int, H: int) -> Comparison:
+    module = torch_manual.LSTM(I, H)
+    x = torch.randn(T, B, I)
+    parameters = [*module.parameters()]
+    vectors = [torch.randn_like(p) for p in parameters]
+
+    def gradient(create_graph: bool = False) -> tuple[Tensor, ...]:
+        loss = module(x)[0].square().sum()
+        return torch.autograd.grad(loss, parameters, create_graph=create_graph)
+
+    def product() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(gradient(create_graph=True), parameters, vectors)
+
+    return Comparison(
+        f"Hessian-vector product T{T} B{B} I{I} H{H}", "gradient", product, gradient, limit=4
+    )
+
+
+def compiled(T: int, B: int, I: int, H: int) -> tuple[Comparison, float]:
+    """A compiled training step beside the eager one, and the seconds that compiling took."""
+    module = torch_manual.LSTM(I, H)
+    x = torch.randn(T, B, I)
+    parameters = [*module.parameters()]
+    function = torch.compile(module, fullgraph=True, dynamic=True)
+
+    def step(f: Callable) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(f(x)[0].square().sum(), parameters)
+
+    start = time.perf_counter()
+    step(function)
+    seconds = time.perf_counter() - start
+    comparison = Comparison(
+        f"compiled step T{T} B{B} I{I} H{H}",
+        "eager step",
+        lambda: step(function),
+        lambda: step(module),
+        limit=1.0,
+        same=lambda: (step(function), step(module)),
+    )
+    return comparison, seconds
+
+
+def rows(seconds: float) -> Iterator[tuple[str, ...]]:
+    for comparison in comparisons():
+        yield comparison.row(seconds)
+    comparison, compile_seconds = compiled(T=100, B=8, I=64, H=64)
+    yield comparison.row(seconds)
+    met = "met" if compile_seconds <= 10 else "MISSED"
+    yield ("compiling it", f"{1e3 * compile_seconds:.0f}", "", "", "", "≤ 10000 ms", met)
+
+
+def _nothing() -> None:
+    """Nothing changes between two calls."""
+
+
+def write(path: Path, table: Sequence[Sequence[str]], facts: dict[str, str]) -> None:
+    lines = ["# Transforms", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""]
+    lines += [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *table)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.transforms", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a rough look, under a minute")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder of transforms.md")
+    options = parser.parse_args(arguments)
+    try:
+        importlib.import_module("opacus")
+    except ImportError:
+        print("benchmarks: pip install torch-manual[opacus]", file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore", "TF32 acceleration|Full backward hook")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    found = []
+    for row in rows(0.5 if options.quick else 3.0):
+        found.append(row)
+        print("  ".join(row), flush=True)
+    path = (options.out or (PARTIAL_RESULTS if options.quick else RESULTS)) / "transforms.md"
+    facts = describe() | {"threads": str(options.threads)}
+    write(path, found, facts)
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

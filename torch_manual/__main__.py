@@ -1,4 +1,4 @@
-"""The command line: `python -m torch_manual check | info`. One function per subcommand."""
+"""The command line: `python -m torch_manual check | info | kernels`. One function per subcommand."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import torch_manual
 from torch_manual._check_cases import CheckCase, check_cases
 from torch_manual._derivatives import analytic, draw_cotangents, prepare
+from torch_manual._kernels_command import add_arguments as add_kernels_arguments
 from torch_manual._table import render
 from torch_manual.gradcheck import gradcheck
 
@@ -43,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("info", help="print versions, devices and backends")
     command.set_defaults(run=info)
+
+    add_kernels_arguments(
+        commands.add_parser(
+            "kernels",
+            help="compile the Triton kernels ahead of time, no GPU needed, and weigh them",
+        )
+    )
 
     options = parser.parse_args(arguments)
     return options.run(options)

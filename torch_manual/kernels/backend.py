@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
+from torch import Tensor
+
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = ("auto", "eager", "cpu", "triton")
 _requested = "auto"
 
@@ -18,7 +24,27 @@ def _cpu_status() -> str:
 
 
 def _triton_status() -> str:
-    return "the Triton kernels are not part of this version"
+    try:
+        import triton
+
+        from torch_manual import triton_kernels as _
+    except ImportError as error:
+        return str(error)
+    if triton.knobs.runtime.interpret or torch.cuda.is_available():
+        return "available"
+    return "no GPU (with TRITON_INTERPRET=1 set before Python starts, CPU tensors are served)"
+
+
+def triton_serves(t: Tensor) -> bool:
+    """Whether the backend asked for lets the Triton kernels serve tensors such as `t`."""
+    if not t.is_cuda:
+        return _requested == "triton"
+    if _requested not in ("auto", "triton"):
+        return False
+    return t.dtype in _TRITON_DTYPES and _triton_status_once() == "available"
+
+
+_triton_status_once = functools.cache(_triton_status)
 
 
 class use_backend:

@@ -10,11 +10,12 @@ mode, double backward and Hessian-vector products.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from torch_manual.kernels import backend
 from torch_manual.kernels.lstm import (
     LSTMWeights,
     _cast,
@@ -42,8 +43,9 @@ def _tangent(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(x)
     P = h0.shape[2]
+    loop, _ = _loops(x, weights)
     results = [
-        _tangent_direction(
+        loop(
             _to(tx, dtype),
             torch.zeros_like(h0[d], dtype=dtype) if th0 is None else th0[d].to(dtype, copy=True),
             torch.zeros_like(c0[d], dtype=dtype) if tc0 is None else tc0[d].to(dtype, copy=True),
@@ -62,6 +64,16 @@ def _tangent(
     ty, th_n, tc_n, tgates, tcells = zip(*results, strict=True)
     out = torch.cat(ty, -1), *(torch.stack(t) for t in (th_n, tc_n, tgates, tcells))
     return tuple(t.to(x.dtype) for t in out)  # type: ignore[return-value]
+
+
+def _loops(t: Tensor, weights: Sequence[Tensor | None]) -> tuple[Callable, Callable]:
+    """The two loops over time: with gate mathematics in Triton where it serves, else plain torch."""
+    peephole = by_direction(weights)[0].weight_ci
+    if backend.triton_serves(t) and (peephole is None or peephole.dim() == 1):
+        from torch_manual.kernels import triton_tangent
+
+        return triton_tangent.tangent_direction, triton_tangent.backward_tangent_direction
+    return _tangent_direction, _backward_tangent_direction
 
 
 def _tangent_direction(
@@ -126,10 +138,11 @@ def _backward_tangent(
     """`outer` is dy, dh_n, dc_n, dcells and `touter` their tangents; `dpre` is lstm_backward's."""
     dtype = _compute_dtype(gates)
     tc0 = torch.zeros_like(c0) if tc0 is None else tc0
+    _, loop = _loops(gates, weights)
     results = []
     for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True)):
         results.append(
-            _backward_tangent_direction(
+            loop(
                 _outer_direction(outer, d, w, c0, gates, dtype),
                 _outer_direction(touter, d, w, c0, gates, dtype),
                 dpre[d].to(dtype),

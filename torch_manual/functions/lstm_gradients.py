@@ -71,20 +71,21 @@ def lstm_gradients(
     with autocast_off(p.gates):
         dpre, dh, dh0, dc0 = lstm_backward(*outer, p.c0, p.batch_sizes, p.weights, p.gates, p.cells)
         apart = _apart(samples)
-        parts = [slice(None)]
+        parts: list[slice | None] = [None]
         if samples is None and not torch.compiler.is_compiling():
-            parts = [b.rows for b in blocks(p.x.shape[0], p.h0.shape[1], p.batch_sizes)]
+            found = blocks(p.x.shape[0], p.h0.shape[1], p.batch_sizes)
+            parts = [block.rows for block in found] if len(found) > 1 else parts
         dx = None
         if needs[0]:
-            dx = _joined([dx_of(apart(dpre[:, rows]), p.weights) for rows in parts])
+            dx = _joined([dx_of(apart(_rows(dpre, rows)), p.weights) for rows in parts])
         dweights: list[Tensor | None] = []
         for d, need in enumerate(by_direction(needs[3:])):
             factors = factors_of(need, p, d)
             total = NOTHING
             for rows in parts if d else reversed(parts):
-                part = Factors(*(None if t is None else apart(t[rows]) for t in factors))
-                dh_d = apart(dh[d, rows]) if need.weight_hr else dh[d]
-                sums = sums_of(need, apart(dpre[d, rows]), dh_d, part, p, d)
+                part = Factors(*(None if t is None else apart(_rows(t, rows)) for t in factors))
+                dh_d = apart(_rows(dh[d], rows)) if need.weight_hr else dh[d]
+                sums = sums_of(need, apart(_rows(dpre[d], rows)), dh_d, part, p, d)
                 total = add_each(total, sums)
             dweights += total
         return (
@@ -166,6 +167,11 @@ def blocks(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[Run]:
         return [whole]
     sizes = [batch] * n_steps if batch_sizes is None else batch_sizes.tolist()
     return runs(whole, sizes, 1, BLOCK_ROWS)
+
+
+def _rows(t: Tensor, rows: slice | None) -> Tensor:
+    """Rows of a (…, N, K) tensor; None for all, which leaves `t` as it is."""
+    return t if rows is None else t[..., rows, :]
 
 
 def dx_of(dpre: Tensor, weights: Tensors) -> Any:

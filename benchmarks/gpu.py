@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -94,7 +95,11 @@ def bring_up(
 
 def describe(device: torch.device) -> dict[str, str]:
     clocks = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"],
+        [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.max.sm",
+            "--format=csv,noheader",
+        ],
         capture_output=True,
         text=True,
     )
@@ -129,9 +134,11 @@ def correctness(device: torch.device) -> Iterator[tuple[str, float, float]]:
             continue
         for H, B, T, packed in ((64, 19, 7, False), (48, 5, 6, True), (64, 16, 1, False)):
             module, x = layer_and_input(device, dtype, H, B, T)
-            given = nn.utils.rnn.pack_padded_sequence(
-                x, [T] + [max(1, T // 2)] * (B - 1)
-            ) if packed else x
+            given = (
+                nn.utils.rnn.pack_padded_sequence(x, [T] + [max(1, T // 2)] * (B - 1))
+                if packed
+                else x
+            )
             with at_level(n):
                 name = f"L{n} {dtype} H{H} B{B} T{T}{' packed' if packed else ''}"
                 yield name, error_of(module, given), TOLERANCE[dtype]
@@ -169,7 +176,7 @@ def outputs_and_gradients(
     return [*outputs, *torch.autograd.grad(outputs, list(module.parameters()), draws)]
 
 
-def at_level(n: int) -> launcher.override:  # type: ignore[valid-type]
+def at_level(n: int) -> AbstractContextManager[None]:
     return launcher.override(lambda shape, chip: plan_at(n, shape, chip))
 
 
@@ -209,11 +216,11 @@ def persistent_is_bit_equal(device: torch.device, repeats: int) -> int:
                 return plan_at(2, shape, chip)
             return plan._replace(level=n)
 
-        with launcher.override(lambda *args: same_blocks(2, *args)):  # noqa: B023
+        with launcher.override(lambda *args: same_blocks(2, *args)):
             expected = outputs_and_gradients(module, x)
         for k in range(repeats):
             flags.clear()
-            with launcher.override(lambda *args: same_blocks(3, *args)):  # noqa: B023
+            with launcher.override(lambda *args: same_blocks(3, *args)):
                 found = outputs_and_gradients(module, x)
             if any(flag[0].item() for flag in flags):
                 print(f"H{H} B{B}: a barrier gave up in repeat {k}")
@@ -255,8 +262,8 @@ def time_shape(
 
         theirs, ours = [], []
         for _ in range(ROUNDS):
-            theirs.append(milliseconds(lambda: call(stock)))  # noqa: B023
-            ours.append(milliseconds(lambda: call(module)))  # noqa: B023
+            theirs.append(milliseconds(lambda: call(stock)))
+            ours.append(milliseconds(lambda: call(module)))
         row.cudnn_ms, row.ours_ms = statistics.median(theirs), statistics.median(ours)
     return rows
 
@@ -281,7 +288,9 @@ def write(out: Path, rows: Sequence[Row], lines: Sequence[str]) -> None:
         csv.writer(file).writerows([columns, *cells])
     table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in cells:
-        table.append(f"| {' | '.join(f'{v:.3g}' if isinstance(v, float) else str(v) for v in line)} |")
+        table.append(
+            f"| {' | '.join(f'{v:.3g}' if isinstance(v, float) else str(v) for v in line)} |"
+        )
     (out / "gpu.md").write_text("\n".join(["# Against cuDNN", "", *lines, "", *table, ""]))
     plot(out / "gpu.png", rows)
 
@@ -294,7 +303,12 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 
     dtypes = sorted({row.dtype for row in rows})
     figure, panels = plt.subplots(
-        1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(dtypes),
+        figsize=(5 * len(dtypes), 4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for panel, dtype in zip(panels[0], dtypes, strict=True):
         lines: dict[tuple[str, int, int], list[Row]] = {}
@@ -303,7 +317,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                 lines.setdefault((row.pass_, row.B, row.T), []).append(row)
         for (pass_, B, T), line in lines.items():
             style = "o-" if pass_ == "training" else "o--"
-            panel.plot([r.H for r in line], [r.ratio for r in line], style, label=f"{pass_} B{B} T{T}")
+            panel.plot(
+                [r.H for r in line], [r.ratio for r in line], style, label=f"{pass_} B{B} T{T}"
+            )
         panel.axhline(1.0, color="black", linewidth=1)
         panel.set_xscale("log", base=2)
         panel.set_xlabel("H")

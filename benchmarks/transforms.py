@@ -100,8 +100,8 @@ def gradient_penalty(T: int, B: int, I: int, H: int) -> Comparison:
 
 
 def per_sample_gradients(T: int, B: int, I: int, H: int) -> Comparison:
-    from opacus import GradSampleModule  # type: ignore[import-untyped]
-    from opacus.layers import DPLSTM  # type: ignore[import-untyped]
+    from opacus import GradSampleModule
+    from opacus.layers import DPLSTM
 
     ours = torch_manual.LSTM(I, H)
     theirs = DPLSTM(I, H)

@@ -14,14 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_manual.kernels.triton_levels import CHIPS, Chip, Plan, Shape, choose, plan_at, programs
-from torch_manual.kernels.triton_levels import reachable
+from torch_manual.kernels.triton_levels import (
+    CHIPS,
+    Chip,
+    Shape,
+    choose,
+    programs,
+    reachable,
+)
 
 pytest.importorskip("torch_manual.triton_kernels", reason="not installed: pip install -e .")
 
-from torch_manual import _kernels_command
-from torch_manual.kernels.triton_compile import Variant, compile_apart, ttir, variants
 from test_equation_tags import tags
+from torch_manual import _kernels_command
+from torch_manual.kernels.triton_compile import compile_apart, ttir, variants
 
 ROOT = Path(__file__).parent.parent
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64

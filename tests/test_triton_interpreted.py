@@ -13,19 +13,19 @@ import torch
 from torch.func import functional_call
 
 import torch_manual
-from cases import CASES, SAMPLES, TWO, Sample, cotangents, gradients, run, run_reference
+from cases import CASES, SAMPLES, Sample, cotangents, gradients, run, run_reference
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by tests/test_triton.py, interpreted", allow_module_level=True)
 
 import triton
 import triton.language as tl
+from torch_manual.triton_kernels import _math
+from torch_manual.triton_kernels.lstm import gates, sequence, step, step_backward
 
 import triton_interpreter
 from torch_manual.kernels import triton as launcher
-from torch_manual.kernels.triton_levels import Plan, plan_at
-from torch_manual.triton_kernels import _math
-from torch_manual.triton_kernels.lstm import gates, sequence, step, step_backward
+from torch_manual.kernels.triton_levels import plan_at
 
 triton_interpreter.mend_bfloat16()
 
@@ -121,7 +121,7 @@ def test_streamed_product(case):
 
 
 def test_no_gradients_and_views():
-    """Nothing saved; a loss through c_n only, expanded and transposed gradients, strided weights."""
+    """Nothing saved; a loss through c_n only, expanded, transposed gradients, strided weights."""
     for n in (0, 1, 2):
         with level(n):
             module = LSTM.build(ODD)
@@ -259,7 +259,7 @@ def test_persistent_without_its_barrier_is_wrong(monkeypatch, module):
 
 
 def plant(monkeypatch, module, old, new, into=None):
-    """Replace `old` by `new` in the source of a kernel file; let `into` (or the launcher) use it."""
+    """Replace `old` by `new` in a kernel file's source; let `into` (or the launcher) use it."""
     source = open(module.__file__).read()  # noqa: SIM115
     assert old in source, f"{module.__name__} has no {old!r}"
     folder = monkeypatch.undo_folder

@@ -1,4 +1,4 @@
-"""The command line: `python -m torch_manual check | info | kernels`. One function per subcommand."""
+"""The command line, `python -m torch_manual check | info | kernels`: a function for each."""
 
 from __future__ import annotations
 

@@ -22,7 +22,16 @@ SPEED = {
     "gfx942": (1307e12, 5.3e12, 10e12),
 }
 LATENCY = (8e-6, 0.8e-6, 2.5e-6, 2.0e-6)  # of a step: two launches, none, one in a graph, a barrier
-COLUMNS = ("name", "target", "dtype", "precision", "block", "warps", "peepholes", "aligned")
+COLUMNS: tuple[str, ...] = (
+    "name",
+    "target",
+    "dtype",
+    "precision",
+    "block",
+    "warps",
+    "peepholes",
+    "aligned",
+)
 COLUMNS += ("registers", "spill_bytes", "shared_bytes", "HMMA", "LDSM", "BAR", "MUFU")
 COLUMNS += ("H", "estimated_us")
 
@@ -44,7 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def kernels(options: argparse.Namespace) -> int:
-    """Compile every variant the chooser can pick; 0 all within budget, 1 not, 2 a wrong argument."""
+    """Compile every variant the chooser can pick; 0 all in budget, 1 not, 2 a wrong argument."""
     targets = options.target.split(",")
     if unknown := [name for name in targets if name not in CHIPS]:
         print(

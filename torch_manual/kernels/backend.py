@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def _triton_status() -> str:
     try:
         import triton
 
-        from torch_manual import triton_kernels as _
+        importlib.import_module("torch_manual.triton_kernels")
     except ImportError as error:
         return str(error)
     if triton.knobs.runtime.interpret or torch.cuda.is_available():

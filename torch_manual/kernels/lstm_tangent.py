@@ -67,7 +67,7 @@ def _tangent(
 
 
 def _loops(t: Tensor, weights: Sequence[Tensor | None]) -> tuple[Callable, Callable]:
-    """The two loops over time: with gate mathematics in Triton where it serves, else plain torch."""
+    """The two loops over time: gate mathematics in Triton where it serves, else plain torch."""
     peephole = by_direction(weights)[0].weight_ci
     if backend.triton_serves(t) and (peephole is None or peephole.dim() == 1):
         from torch_manual.kernels import triton_tangent

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import triton_levels
+from torch_manual.kernels import backend, triton_levels
 from torch_manual.kernels.lstm import LSTMWeights, _cast, _compute_dtype, by_direction
 from torch_manual.kernels.rows import previous, steps
 from torch_manual.kernels.triton_levels import CHIPS, Chip, Plan, Shape
@@ -44,7 +44,8 @@ def chip_of(device: torch.device) -> Chip:
         shared, cooperative = 65_536, False
     else:
         architecture = f"sm_{properties.major}{properties.minor}"
-        shared, cooperative = properties.shared_memory_per_block_optin, True
+        shared = getattr(properties, "shared_memory_per_block_optin", 49_152)
+        cooperative = True
     return Chip(architecture, properties.multi_processor_count, shared, cooperative)
 
 
@@ -56,7 +57,11 @@ def _plan(
     if w.weight_hr is not None or full or T == 0 or B == 0:
         return Plan(0)
     shape = Shape(backward, like.dtype, _precision(), T, B, H, len(weights))
-    return _choose(shape, chip_of(like.device))
+    chip = chip_of(like.device)
+    plan = _choose(shape, chip)
+    if plan.level == 3 and backend.requested() == "auto" and _choose is triton_levels.choose:
+        return triton_levels.plan_at(2, shape, chip)  # L3 has not run on hardware: only on request
+    return plan
 
 
 def _precision() -> str:
@@ -314,7 +319,7 @@ def _peepholes(directions: Sequence[LSTMWeights]) -> tuple[Tensor | None, ...]:
     """The three peepholes, (D, H) each, or three times None."""
     if directions[0].weight_ci is None:
         return None, None, None
-    return tuple(_stack(w) for w in zip(*(w[5:8] for w in directions), strict=True))  # type: ignore[arg-type]
+    return tuple(_stack(w) for w in zip(*(w[5:8] for w in directions), strict=True))
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -45,8 +45,19 @@ DTYPES = {
 }
 POINTERS = {"starts_ptr": "*i64", "barrier_ptr": "*i32"}  # the others carry numbers
 ACCUMULATED = {  # by level, the pointers to the dtype of accumulation rather than of storage
-    0: "pre_ptr c_ptr m_ptr dm_ptr dc_ptr dpre_o_ptr dpre_ptr c_prev_ptr "
-    "weight_ci_ptr weight_cf_ptr weight_co_ptr".split(),
+    0: [
+        "pre_ptr",
+        "c_ptr",
+        "m_ptr",
+        "dm_ptr",
+        "dc_ptr",
+        "dpre_o_ptr",
+        "dpre_ptr",
+        "c_prev_ptr",
+        "weight_ci_ptr",
+        "weight_cf_ptr",
+        "weight_co_ptr",
+    ],
     1: ["c_ptr", "dh_ptr", "dc_ptr"],
     2: ["c_ptr", "dh_n_ptr", "dc_ptr"],
     3: ["c_ptr", "dh_n_ptr", "dc_ptr"],

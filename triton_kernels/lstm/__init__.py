@@ -6,6 +6,6 @@
     step.py, step_backward.py   L2  one fused step per launch; L3 all steps in one launch
     gates.py                        the equations, which every level calls
 
-torch_manual/kernels/triton.py prepares the arguments and triton_levels.py chooses; docs/gpu_kernels.md
-tells the whole story.
+torch_manual/kernels/triton.py prepares the arguments and triton_levels.py chooses;
+docs/gpu_kernels.md tells the whole story.
 """

@@ -1,14 +1,13 @@
 """The gate mathematics of one LSTM step, element by element (docs/derivations/lstm.md).
 
 Every level calls these functions, so each equation stands in the Triton kernels once. Their
-reference in plain torch is torch_manual/kernels/lstm.py (F, B) and lstm_tangent.py (R), line by line
-under the same tags. PEEPHOLES: diagonal peepholes w_ci, w_cf, w_co, (H,) broadcast over the batch;
+reference in plain torch is torch_manual/kernels/lstm.py (F, B) and lstm_tangent.py (R), line by
+line under the same tags. PEEPHOLES: diagonal peepholes w_ci, w_cf, w_co, (H,) broadcast over the batch;
 without them they are not read.
 """
 
 import triton
 import triton.language as tl
-
 from torch_manual.triton_kernels._math import sigmoid, tanh
 
 
@@ -134,7 +133,7 @@ def backward_tangent(
     tw_co,
     PEEPHOLES: tl.constexpr,
 ):
-    """`dc_next` and `tdc_next` hold dcells and tdcells already. Returns tdpre, tdc_prev, dc_prev."""
+    """`dc_next`, `tdc_next` hold dcells and tdcells already. Returns tdpre, tdc_prev, dc_prev."""
     tanh_c = tanh(c)
     slope = 1 - tanh_c * tanh_c
     dc = dc_next + dm * o * slope  # B4

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from torch_manual.triton_kernels.lstm.gates import (
     cell,
     cell_backward,

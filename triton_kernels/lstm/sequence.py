@@ -5,15 +5,14 @@ on B. It serves layers whose W_hh fits one multiprocessor, without projection or
 Reference in plain torch: `_forward_direction` and `_backward_direction` of
 torch_manual/kernels/lstm.py.
 
-Shapes: T steps, B sequences, N rows, H units, D directions, the second running from the last step to
-the first. Sequences alive in a step are its first rows; a state that is not alive stays as it is.
+Shapes: T steps, B sequences, N rows, H units, D directions, the second running from the last step
+to the first. Sequences alive in a step are its first rows; a state that is not alive stays as it is.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from torch_manual.triton_kernels._math import join_gates, split_gates, step_rows
 from torch_manual.triton_kernels.lstm.gates import (
     cell,

@@ -1,9 +1,9 @@
 """L2 and L3 forwards: a recurrent product and its gate mathematics in one fused step.
 
 L2 launches the step once for every t and reads W_hh anew; torch_manual/triton_kernels/_graph.py
-turns the launches into one CUDA graph. L3 runs the same `_step` for all t in one cooperative launch:
-every program keeps its slice of W_hh and a barrier over the grid separates the steps. Neither serves
-a projection or full peepholes. Reference in plain torch: `_forward_direction` of
+turns the launches into one CUDA graph. L3 runs the same `_step` for all t in one cooperative
+launch: every program keeps its slice of W_hh and a barrier over the grid separates the steps.
+Neither serves a projection or full peepholes. Reference in plain torch: `_forward_direction` of
 torch_manual/kernels/lstm.py.
 
 A program owns BLOCK_N units of BLOCK_B sequences of one direction. The sum over k of the product is
@@ -15,7 +15,6 @@ directions, the second running from the last step to the first.
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from torch_manual.triton_kernels._barrier import barrier, grid_barrier
 from torch_manual.triton_kernels._graph import replay
 from torch_manual.triton_kernels._math import split_gates, step_rows
@@ -231,8 +230,12 @@ def forward(
             launch_cooperative_grid=persistent,
         )
 
+    def steps() -> None:
+        for s in range(T):
+            launch(s, s + 1)
+
     if persistent:
         launch(0, T)
     else:
         key = (grid, block, precision, T, B, N, H, reverse, gates is None)
-        replay(lambda: [launch(s, s + 1) for s in range(T)], tensors, key)
+        replay(steps, tensors, key)

@@ -1,8 +1,8 @@
-"""L2 and L3 backwards: the recurrent product of step t + 1's dpre and the gradients of step t, fused.
+"""L2 and L3 backwards: the recurrent product of step t + 1's dpre, fused with step t's gradients.
 
 The mirror image of step.py. A program owns BLOCK_N units; their dh_next needs all 4H columns of the
-dpre of the step before (in the order of the recurrence run backwards), which other programs wrote. It
-streams them gate by gate, so that no more than (BLOCK_B, BLOCK_K) of them is held at a time. In L3 the
+dpre of the step before (in the order of the recurrence run backwards), which other programs wrote.
+It streams them gate by gate, so that no more than (BLOCK_B, BLOCK_K) are held at a time. In L3 the
 matching four slices of W_hh are resident. B9 of the first step, dh0, is left to the caller, as one
 product. Reference in plain torch: `_backward_direction` of torch_manual/kernels/lstm.py.
 """
@@ -10,7 +10,6 @@ product. Reference in plain torch: `_backward_direction` of torch_manual/kernels
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from torch_manual.triton_kernels._barrier import barrier, grid_barrier
 from torch_manual.triton_kernels._graph import replay
 from torch_manual.triton_kernels._math import step_rows
@@ -75,8 +74,6 @@ def _step(
     BLOCK_K: tl.constexpr,
 ):
     """One step of one block; w_i … w_o are its slices of W_hh if RESIDENT. Returns dc_prev."""
-    BLOCK_B: tl.constexpr = b.shape[0]
-    BLOCK_N: tl.constexpr = col.shape[0]
     dtype: tl.constexpr = dc_next.dtype
     t = tl.where(d + reverse == 0, T - 1 - s, s)
     start, n = step_rows(starts_ptr, t)
@@ -168,7 +165,7 @@ def _lstm_step_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Steps `first` to `last` - 1, counted from the end of the recurrence: one of them in L2, all in
+    """Steps `first` to `last` - 1, counted from the end of the recurrence: one in L2, all of them in
     L3 (PERSISTENT, and BLOCK_K ≥ H)."""
     d = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -251,8 +248,12 @@ def backward(
             launch_cooperative_grid=persistent,
         )
 
+    def steps() -> None:
+        for s in range(T):
+            launch(s, s + 1)
+
     if persistent:
         launch(0, T)
     else:
         key = (grid, block, precision, T, B, N, H, dy.stride(0), reverse, dcells is None)
-        replay(lambda: [launch(s, s + 1) for s in range(T)], tensors, key)
+        replay(steps, tensors, key)

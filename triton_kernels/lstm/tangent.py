@@ -9,7 +9,6 @@ n sequences are alive, H units. tX is the tangent of X and has its shape.
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from torch_manual.triton_kernels.lstm.gates import backward_tangent, load_peepholes, tangent
 
 BLOCK = 256

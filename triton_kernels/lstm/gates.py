@@ -2,8 +2,8 @@
 
 Every level calls these functions, so each equation stands in the Triton kernels once. Their
 reference in plain torch is torch_manual/kernels/lstm.py (F, B) and lstm_tangent.py (R), line by
-line under the same tags. PEEPHOLES: diagonal peepholes w_ci, w_cf, w_co, (H,) broadcast over the batch;
-without them they are not read.
+line under the same tags. PEEPHOLES: diagonal peepholes w_ci, w_cf, w_co, (H,) broadcast over the
+batch; without them they are not read.
 """
 
 import triton

@@ -6,7 +6,7 @@ Reference in plain torch: `_forward_direction` and `_backward_direction` of
 torch_manual/kernels/lstm.py.
 
 Shapes: T steps, B sequences, N rows, H units, D directions, the second running from the last step
-to the first. Sequences alive in a step are its first rows; a state that is not alive stays as it is.
+to the first. Sequences alive in a step are its first rows; a state not alive stays as it is.
 """
 
 import torch

@@ -165,7 +165,7 @@ def _lstm_step_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Steps `first` to `last` - 1, counted from the end of the recurrence: one in L2, all of them in
+    """Steps `first` to `last` - 1, counted from the end of the recurrence: one in L2, all in
     L3 (PERSISTENT, and BLOCK_K ≥ H)."""
     d = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)

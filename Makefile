@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SOURCES := pyproject.toml requirements-dev.txt $(wildcard setup.py torch_manual/csrc/*.[ch]*)
 
-.PHONY: demo test sanitize benchmarks lint types docs clean
+.PHONY: demo test sanitize benchmarks kernels lint types docs clean
 
 demo: $(INSTALLED)  ## check every gradient, then train a character language model on real text
 	$(BIN)/python -m torch_manual check
@@ -17,6 +17,9 @@ sanitize: $(INSTALLED)  ## the CPU kernel's tests under AddressSanitizer and UBS
 
 benchmarks: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+kernels: $(INSTALLED)  ## compile every Triton variant ahead of time, for four targets
+	$(BIN)/python -m torch_manual kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

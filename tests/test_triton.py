@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from test_equation_tags import tags
+from torch_manual import _kernels_command
+from torch_manual.kernels.triton_compile import compile_apart, ttir, variants
 from torch_manual.kernels.triton_levels import (
     CHIPS,
     Chip,
@@ -22,10 +25,6 @@ from torch_manual.kernels.triton_levels import (
     programs,
     reachable,
 )
-
-from test_equation_tags import tags
-from torch_manual import _kernels_command
-from torch_manual.kernels.triton_compile import compile_apart, ttir, variants
 
 ROOT = Path(__file__).parent.parent
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64

@@ -60,6 +60,7 @@ setup(
                     "lstm",
                     "lstm_forward",
                     "lstm_backward",
+                    "lstm_tangent",
                     "product",
                     "threads",
                     "vector",

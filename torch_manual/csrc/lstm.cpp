@@ -1,7 +1,6 @@
 // The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return 0, or 1
 // when memory ran out.
-#include "lstm_backward.h"
-#include "lstm_forward.h"
+#include "lstm_tangent.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -16,6 +15,18 @@ EXPORT int lstm_backward_float32(const BackwardArguments<float>* a) {
 }
 EXPORT int lstm_backward_float64(const BackwardArguments<double>* a) {
     return run_layer<Backward<double>>(*a);
+}
+EXPORT int lstm_tangent_float32(const TangentArguments<float>* a) {
+    return run_layer<Forward<float, true>>(*a);
+}
+EXPORT int lstm_tangent_float64(const TangentArguments<double>* a) {
+    return run_layer<Forward<double, true>>(*a);
+}
+EXPORT int lstm_backward_tangent_float32(const BackwardTangentArguments<float>* a) {
+    return run_layer<Backward<float, true>>(*a);
+}
+EXPORT int lstm_backward_tangent_float64(const BackwardTangentArguments<double>* a) {
+    return run_layer<Backward<double, true>>(*a);
 }
 
 // The best of the instruction sets built that this processor has.

@@ -68,6 +68,30 @@ struct BackwardArguments {
     Weights<real> weights[2];
 };
 
+// The tangent of a forward pass, R1 to R8: h0, c0, y, h_n, c_n, gates and cells are tangents. What is
+// known of them beforehand is in `gates`, tpre but for th_{t-1} W_hhᵀ, and with weight_hr in `y`,
+// m tW_hrᵀ; both are overwritten. I is 0.
+template <typename real>
+struct TangentArguments : ForwardArguments<real> {
+    const real* of_gates;  // (D, N, 4H), what the forward pass kept
+    const real* of_cells;  // (D, N, H)
+    const real* of_c0;     // (D, B, H)
+};
+
+// The tangent of a backward pass, R9 to R17: dy, dh_n, dc_n, dcells, dpre, dh, dh0 and dc0 are
+// tangents. What is known beforehand: dy holds the part dpre tW_hh of R17 too, dcells the parts of
+// R12 and R16 through tangents of peepholes.
+template <typename real>
+struct BackwardTangentArguments : BackwardArguments<real> {
+    const real* dm;        // (D, N, H)
+    const real* tdm;       // (D, N, H) or null: the part dh tW_hr of R10
+    const real* dc_given;  // (D, N, H) or null: what dcells and the peepholes add to dc
+    real* dc_next;         // (D, B, H); holds dc_n before the last step
+    const real* tgates;    // (D, N, 4H)
+    const real* tcells;    // (D, N, H)
+    const real* tc0;       // (D, B, H)
+};
+
 // Which rows belong to which step. Sequences are sorted by falling length, so that those alive at
 // step t are the first ones.
 struct Rows {

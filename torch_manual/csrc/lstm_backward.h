@@ -1,16 +1,21 @@
-// The backward recurrence: B1 to B8 as the epilogue of dpre_{t+1} W_hh (B9), a tile at a time.
+// The backward recurrence: B1 to B8 as the epilogue of dpre_{t+1} W_hh (B9), a tile at a time. Its
+// tangent takes the same path with dh, dc, dpre for tdh, tdc, tdpre, and lstm_tangent.h's mathematics.
 #pragma once
+
+#include <type_traits>
 
 #include "lstm.h"
 
 namespace {
 
-template <typename real>
+template <typename real, bool tangent = false>
 struct Backward {
+    using Arguments =
+        std::conditional_t<tangent, BackwardTangentArguments<real>, BackwardArguments<real>>;
     using vec = vec_of<real>;
     static constexpr int L = Vector<real>::lanes;
 
-    const BackwardArguments<real>* args;
+    const Arguments* args;
     Rows rows;
     Weights<real> w;
     int64_t T, B, H, P, direction, reverse;
@@ -29,12 +34,13 @@ struct Backward {
         real *dpre_kept, *dpre, *dh;
         int64_t going_on;   // sequences from this one on begin (backwards) at this step, at dh_n
         int64_t has_prev;   // sequences from this one on had c0 before this step
+        int64_t row, row_prev;  // the first row of this step and of the previous one, with direction
         bool product;       // whether the tile's rows are sent anything by dpre_next
     };
 
     bool full() const { return args->sizes.full_peepholes; }
 
-    void plan(Workspace& workspace, const BackwardArguments<real>& a, int64_t d, const Rows& r) {
+    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r) {
         args = &a, rows = r, w = a.weights[d];
         direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
@@ -94,6 +100,7 @@ struct Backward {
     Step step_at(int64_t t, int64_t s, int64_t prev) const {
         const int64_t N = rows.start(T), start = rows.start(t), row = direction * N + start;
         Step step = {};
+        step.row = row, step.row_prev = rows.alive(prev) ? direction * N + rows.start(prev) : 0;
         step.dpre_next = dpre[~s & 1], step.dpre_kept = dpre[s & 1];
         if (args->dy) step.dy = args->dy + start * args->stride_dy + direction * P;
         step.gates = args->gates + row * 4 * H;
@@ -139,7 +146,7 @@ struct Backward {
         const bool whole = packed(panel);
         const real* weight = whole ? hh + panel * 4 * H * 2 * L : w.weight_hh + panel * 2 * L;
         const int64_t step = whole ? 2 * L : P;
-        add_product(sum, from + row * stride_dpre, stride_dpre, weight, step, 4 * H);  // B9
+        add_product(sum, from + row * stride_dpre, stride_dpre, weight, step, 4 * H);  // B9, R17
     }
 
     template <int ROWS>
@@ -153,7 +160,7 @@ struct Backward {
     INLINE vec dh_at(const Step& step, int64_t b, int64_t p, vec sent) const {
         const int64_t lanes = P - p;
         vec dh_b = sent;
-        if (step.dy) dh_b += load(step.dy + b * args->stride_dy + p, lanes);  // B1
+        if (step.dy) dh_b += load(step.dy + b * args->stride_dy + p, lanes);  // B1, R9
         if (b >= step.going_on && args->dh_n)
             dh_b += load(args->dh_n + (direction * B + b) * P + p, lanes);
         return dh_b;
@@ -202,7 +209,10 @@ struct Backward {
                     const int64_t u = (2 * pair + v) * L;
                     if (u >= f.H) break;
                     vec dm = f.w.weight_hr ? sum[r][v] : f.dh_at(*step, row + r, u, sum[r][v]);
-                    f.cell(*step, row + r, u, dm);
+                    if constexpr (tangent)
+                        f.cell_tangents(*step, row + r, u, dm);
+                    else
+                        f.cell(*step, row + r, u, dm);
                 }
         }
     };
@@ -217,6 +227,13 @@ struct Backward {
             }
             __builtin_prefetch(step.cells + b * H + at);
             if (b < step.has_prev) __builtin_prefetch(step.cells_prev + b * H + at);
+            if constexpr (tangent) {
+                const int64_t row = step.row + b;
+                for (int64_t k = 0; k < 4; k++)
+                    __builtin_prefetch(args->tgates + (row * 4 + k) * H + at);
+                __builtin_prefetch(args->tcells + row * H + at);
+                __builtin_prefetch(args->dm + row * H + at);
+            }
             if (step.dy && !w.weight_hr) __builtin_prefetch(step.dy + b * args->stride_dy + at);
         }
     }
@@ -257,6 +274,10 @@ struct Backward {
         store(kept, dpre_i, lanes), store(kept + H, dpre_f, lanes), store(kept + 2 * H, dpre_g, lanes);
     }
 
+    // The same of the tangent, R10 to R16.
+    void cell_tangents(const Step&, int64_t b, int64_t u, vec tdm) const;
+    void gate_tangents_back(const Step&, int64_t b, int64_t u, vec tdc) const;
+
     // The rest of a step with full peepholes: what the gates sent back to c, of B4 by this step's
     // dpre_o and of B8 by the next one's dpre_i and dpre_f.
     struct PeepholeTile {
@@ -277,7 +298,10 @@ struct Backward {
                     const int64_t u = (2 * pair + v) * L;
                     if (u >= f.H) break;
                     const real* dc = f.args->dc0 + (f.direction * f.B + row + r) * f.H + u;
-                    f.gates_back(*step, row + r, u, load(dc, f.H - u) + sum[r][v]);
+                    if constexpr (tangent)
+                        f.gate_tangents_back(*step, row + r, u, load(dc, f.H - u) + sum[r][v]);
+                    else
+                        f.gates_back(*step, row + r, u, load(dc, f.H - u) + sum[r][v]);
                 }
         }
     };

@@ -1,17 +1,21 @@
-// The forward recurrence: F1 to F8 as the epilogue of h_{t-1} W_hhᵀ, a tile at a time.
+// The forward recurrence: F1 to F8 as the epilogue of h_{t-1} W_hhᵀ, a tile at a time. Its tangent
+// takes the same path with h, c and m for th, tc and tm, and lstm_tangent.h's gate mathematics.
 #pragma once
+
+#include <type_traits>
 
 #include "lstm.h"
 
 namespace {
 
-template <typename real>
+template <typename real, bool tangent = false>
 struct Forward {
+    using Arguments = std::conditional_t<tangent, TangentArguments<real>, ForwardArguments<real>>;
     using vec = vec_of<real>;
     static constexpr int L = Vector<real>::lanes;
     static constexpr int64_t chunk_rows = 96;  // the input projection is made for about so many rows
 
-    const ForwardArguments<real>* args;
+    const Arguments* args;
     Rows rows;
     Weights<real> w;
     int64_t T, B, I, H, P, direction, reverse;
@@ -31,12 +35,14 @@ struct Forward {
         real* pre;  // (·, stride_pre): x W_ihᵀ + b
         const real *x, *h_prev, *c_prev;
         real *h, *c, *y, *gates, *cells;
+        const real *of_gates, *of_cells, *of_cells_prev;  // of the pass whose tangent this is
+        int64_t has_prev;  // sequences from this one on had c0 before this step
     };
 
     bool full() const { return args->sizes.full_peepholes; }
     bool packed() const { return !args->unpacked; }
 
-    void plan(Workspace& workspace, const ForwardArguments<real>& a, int64_t d, const Rows& r) {
+    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r) {
         args = &a, rows = r, w = a.weights[d];
         direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
@@ -110,7 +116,8 @@ struct Forward {
             end = chunk_end(s, mine, whole);
             // The chunk is steps [low, high) of time.
             const int64_t low = reverse ? T - end : s, high = reverse ? T - s : end;
-            if (packed()) project(part, low, high, whole, buffer);
+            if constexpr (!tangent)
+                if (packed()) project(part, low, high, whole, buffer);
             for (int64_t k = s; k < end; k++) {
                 const int64_t t = reverse ? T - 1 - k : k;
                 run_step(part, step_at(t, k, input_rows(t, low, mine, whole, buffer)), rows.alive(t));
@@ -165,11 +172,21 @@ struct Forward {
         step.y = args->y + (start * args->sizes.D + direction) * P;
         step.gates = args->gates ? args->gates + row * 4 * H : nullptr;
         step.cells = args->cells ? args->cells + row * H : nullptr;
+        if constexpr (tangent) {
+            const int64_t prev = reverse ? t + 1 : t - 1;
+            step.has_prev = rows.alive(prev);
+            step.of_gates = args->of_gates + row * 4 * H;
+            step.of_cells = args->of_cells + row * H;
+            if (step.has_prev)
+                step.of_cells_prev = step.of_cells + (rows.start(prev) - start) * H;
+        }
         return step;
     }
 
     void run_step(const Part& part, const Step& step, int64_t alive) const {
-        if (packed())
+        if constexpr (tangent)
+            part.cover(GateTile{this, &step}, 0, alive, panels);
+        else if (packed())
             part.cover(GateTile{this, &step}, 0, alive, panels);
         else
             part.cover(UnpackedTile{this, &step}, 0, alive, panels);
@@ -228,6 +245,8 @@ struct Forward {
             const int64_t u = panel * L, lanes = f.H - u;
             vec sum[ROWS][4];
             clear(sum);
+            if constexpr (tangent)
+                for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
             const real* h_prev = step->h_prev + row * f.stride_h;
             add_product(sum, h_prev, f.stride_h, f.hh + panel * f.P * 4 * L, 4 * L, f.P);
             if (f.full()) {
@@ -240,7 +259,7 @@ struct Forward {
             }
             for (int r = 0; r < ROWS; r++) {
                 const real* pre = step->pre + (row + r) * f.stride_pre + u;
-                for (int g = 0; g < 4; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1
+                for (int g = 0; g < 4; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1, R1
                 f.gate_math(*step, row + r, u, sum[r]);
             }
         }
@@ -285,6 +304,7 @@ struct Forward {
     // F2 to F7 for units u to u + L of sequence b. Full peepholes are in `pre` already, but for that
     // of o, which needs all of the new c: then OutputGateTile goes on.
     INLINE void gate_math(const Step& step, int64_t b, int64_t u, const vec (&pre)[4]) const {
+        if constexpr (tangent) return gate_tangents(step, b, u, pre);
         const int64_t lanes = H - u;
         const bool diagonal = !full();
         auto peep = [&](const real* weight, vec c) {
@@ -309,6 +329,7 @@ struct Forward {
 
     // o and m, from o's pre-activation and the new c.
     INLINE void output(const Step& step, int64_t b, int64_t u, vec pre_o, vec c_new) const {
+        if constexpr (tangent) return output_tangent(step, b, u, pre_o, c_new);
         const int64_t lanes = H - u;
         const vec o = sigmoid<real>(pre_o);        // F6
         const vec m_new = o * tanh<real>(c_new);   // F7
@@ -320,6 +341,11 @@ struct Forward {
             store(step.y + b * args->sizes.D * P + u, m_new, lanes);
         }
     }
+
+    // The same of the tangent, R2 to R7, after prefetch() asked for what it will read.
+    void prefetch(const Step&, int64_t b, int64_t u) const;
+    void gate_tangents(const Step&, int64_t b, int64_t u, const vec (&tpre)[4]) const;
+    void output_tangent(const Step&, int64_t b, int64_t u, vec tpre_o, vec tc) const;
 
     // The rest of a step with full peepholes: pre_o + c W_coᵀ.
     struct OutputGateTile {
@@ -361,8 +387,10 @@ struct Forward {
                 for (int v = 0; v < 2; v++) {
                     const int64_t p = (2 * panel + v) * L, lanes = f.P - p;
                     if (lanes <= 0) break;
+                    real* y = step->y + (row + r) * f.args->sizes.D * f.P + p;
+                    if (tangent) sum[r][v] += load(y, lanes);  // R8
                     store(step->h + (row + r) * f.stride_h + p, sum[r][v], lanes);
-                    store(step->y + (row + r) * f.args->sizes.D * f.P + p, sum[r][v], lanes);
+                    store(y, sum[r][v], lanes);
                 }
         }
     };

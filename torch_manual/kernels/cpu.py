@@ -52,7 +52,7 @@ class _Override(NamedTuple):
 
 
 _override = _Override(instruction_set=os.environ.get("TORCH_MANUAL_INSTRUCTION_SET"))
-_libraries: dict[str, dict[str, Any]] = {}
+_libraries: dict[str, dict[tuple[str, torch.dtype], Any]] = {}
 _status: str | None = None
 _forked = False
 
@@ -134,15 +134,15 @@ def _path(name: str) -> Path:
     return FOLDER / f"lstm_{name}.so"
 
 
-def _functions() -> dict[str, Any]:
-    """The functions of the library in use, by name."""
+def _functions() -> dict[tuple[str, torch.dtype], Any]:
+    """The functions of the library in use, by name and dtype."""
     chosen = _override.instruction_set or ""
     if chosen not in _libraries:
         library = ctypes.CDLL(str(_path(instruction_set())))
         _libraries[chosen] = {
-            name: getattr(library, name)
-            for pass_ in ("forward", "backward")
-            for name in (f"lstm_{pass_}_float32", f"lstm_{pass_}_float64")
+            (name, dtype): getattr(library, f"{name}_{suffix}")
+            for name in ("lstm_forward", "lstm_backward", "lstm_tangent", "lstm_backward_tangent")
+            for dtype, suffix in ((torch.float32, "float32"), (torch.float64, "float64"))
         }
     return _libraries[chosen]
 
@@ -157,7 +157,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
+def grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
     """The threads to use, by shape; `work` is the number of multiplications of one direction.
 
     Threads that share the sequences never wait for one another, but each reads all weights; those
@@ -179,8 +179,10 @@ def _grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
 
 
 # Sizes take twelve words; then come `unpacked` and eight pointers, or eleven and a stride.
-_forward_arguments = struct.Struct(f"{12 + 9 + 2 * _WEIGHTS}q").pack
-_backward_arguments = struct.Struct(f"{12 + 12 + 2 * _WEIGHTS}q").pack
+FORWARD_WORDS = 12 + 9 + 2 * _WEIGHTS
+BACKWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
+_forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
+_backward_arguments = struct.Struct(f"{BACKWARD_WORDS}q").pack
 
 
 def lstm_forward(
@@ -205,19 +207,19 @@ def lstm_forward(
     y, h_n, c_n = _empty(x, N, D * P), torch.empty_like(h0), torch.empty_like(c0)
     gates = _empty(x, D, N, 4 * H) if save else x.new_empty(0)
     cells = _empty(x, D, N, H) if save else x.new_empty(0)
-    T, lengths = _steps(N, B, batch_sizes)
+    T, lengths = steps(N, B, batch_sizes)
     if T == 0:
         return y, h_n.copy_(h0), c_n.copy_(c0), gates, cells
-    weights, pointers, full = _weights(weights)
+    weights, pointers, full = in_c_order(weights)
     work = N * 4 * H * (I + P)
     unpacked = _override.unpacked
     if unpacked is None:
         unpacked = N <= 12 or (T == 1 and max(16, H // 8) >= B)
-    name = "lstm_forward_float32" if dtype == torch.float32 else "lstm_forward_float64"
-    _call(
-        name,
+    call(
+        "lstm_forward",
+        dtype,
         _forward_arguments(
-            *(T, B, I, H, P, D, full, reverse, *_grid(T, B, work, H, D), lengths),
+            *(T, B, I, H, P, D, full, reverse, *grid(T, B, work, H, D), lengths),
             unpacked,
             *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), gates.data_ptr(), cells.data_ptr()),
@@ -253,14 +255,14 @@ def lstm_backward(
         return tuple(t.to(dtype) for t in results)  # type: ignore[return-value]
     gates, cells, c0 = gates.contiguous(), cells.contiguous(), c0.contiguous()
     dh_n, dc_n, dcells = (None if t is None else t.contiguous() for t in (dh_n, dc_n, dcells))
-    weights, pointers, full = _weights(weights)
+    weights, pointers, full = in_c_order(weights)
     weight_hh, projected = weights[1], weights[4] is not None
     assert weight_hh is not None
     (D, N, _), (_, B, H), P = gates.shape, c0.shape, weight_hh.shape[1]
     dpre = _empty(gates, *gates.shape)
     dh = _empty(gates, D, N, P) if projected else gates.new_empty(D, 0)
     dh0, dc0 = gates.new_empty(D, B, P), torch.empty_like(c0)
-    T, lengths = _steps(N, B, batch_sizes)
+    T, lengths = steps(N, B, batch_sizes)
     if T == 0:
         for out, given in ((dh0, dh_n), (dc0, dc_n)):
             out.zero_() if given is None else out.copy_(given)
@@ -273,11 +275,11 @@ def lstm_backward(
             dy = dy if dy.stride(1) == 1 else dy.contiguous()
             stride_dy = dy.stride(0)
     work = N * 4 * H * P
-    name = "lstm_backward_float32" if dtype == torch.float32 else "lstm_backward_float64"
-    _call(
-        name,
+    call(
+        "lstm_backward",
+        dtype,
         _backward_arguments(
-            *(T, B, 0, H, P, D, full, reverse, *_grid(T, B, work, H, D), lengths),
+            *(T, B, 0, H, P, D, full, reverse, *grid(T, B, work, H, D), lengths),
             *(0 if dy is None else dy.data_ptr(), stride_dy),
             *(0 if t is None else t.data_ptr() for t in (dh_n, dc_n, dcells)),
             *(c0.data_ptr(), gates.data_ptr(), cells.data_ptr()),
@@ -308,19 +310,19 @@ def _find_madvise() -> Any:
 _madvise = _find_madvise()
 
 
-def _call(name: str, arguments: bytes) -> None:
-    if _functions()[name](arguments):
+def call(name: str, dtype: torch.dtype, arguments: bytes) -> None:
+    if _functions()[name, dtype](arguments):
         raise MemoryError(f"{name}: no memory for the packed weights")
 
 
-def _steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, int]:
+def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, int]:
     """T, and the address of batch_sizes or 0."""
     if batch_sizes is None:
         return (n_rows // batch if batch else 0), 0
     return len(batch_sizes), batch_sizes.data_ptr()
 
 
-def _weights(
+def in_c_order(
     weights: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], tuple[int, ...], bool]:
     """The weights in C order, their addresses (of two directions), and if peepholes are full."""

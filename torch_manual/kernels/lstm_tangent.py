@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import backend
+from torch_manual.kernels import backend, cpu
 from torch_manual.kernels.lstm import (
     LSTMWeights,
     _cast,
@@ -44,69 +44,90 @@ def _tangent(
     dtype = _compute_dtype(x)
     P = h0.shape[2]
     loop, _ = _loops(x, weights)
-    results = [
-        loop(
-            _to(tx, dtype),
-            torch.zeros_like(h0[d], dtype=dtype) if th0 is None else th0[d].to(dtype, copy=True),
-            torch.zeros_like(c0[d], dtype=dtype) if tc0 is None else tc0[d].to(dtype, copy=True),
-            _cast(tw, dtype),
-            x.to(dtype),
-            previous(y[:, d * P : (d + 1) * P], h0[d], batch_sizes, bool(d)).to(dtype),
-            previous(cells[d], c0[d], batch_sizes, bool(d)).to(dtype),
-            batch_sizes,
-            _cast(w, dtype),
-            gates[d].to(dtype),
-            cells[d].to(dtype),
-            reverse=bool(d),
+    tx, x_d = _to(tx, dtype), x.to(dtype)
+    results = []
+    for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True)):
+        w, tw = _cast(w, dtype), _cast(tw, dtype)
+        h, c, y_d = h0[d].to(dtype), c0[d].to(dtype), y[:, d * P : (d + 1) * P].to(dtype)
+        results.append(
+            loop(
+                _known_tpre(tx, x_d, y_d, h, batch_sizes, w, tw, reverse=bool(d)),
+                torch.zeros_like(h) if th0 is None else th0[d].to(dtype, copy=True),
+                torch.zeros_like(c) if tc0 is None else tc0[d].to(dtype, copy=True),
+                c,
+                batch_sizes,
+                w,
+                tw,
+                gates[d].to(dtype),
+                cells[d].to(dtype),
+                reverse=bool(d),
+            )
         )
-        for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True))
-    ]
-    ty, th_n, tc_n, tgates, tcells = zip(*results, strict=True)
-    out = torch.cat(ty, -1), *(torch.stack(t) for t in (th_n, tc_n, tgates, tcells))
+    ty, *states = zip(*results, strict=True)
+    out = ty[0] if len(ty) == 1 else torch.cat(ty, -1), *map(_stack, states)
     return tuple(t.to(x.dtype) for t in out)  # type: ignore[return-value]
 
 
 def _loops(t: Tensor, weights: Sequence[Tensor | None]) -> tuple[Callable, Callable]:
-    """The two loops over time: gate mathematics in Triton where it serves, else plain torch."""
+    """The two loops over time: in the compiled kernel, in Triton but for products, or plain."""
     peephole = by_direction(weights)[0].weight_ci
     if backend.triton_serves(t) and (peephole is None or peephole.dim() == 1):
         from torch_manual.kernels import triton_tangent
 
         return triton_tangent.tangent_direction, triton_tangent.backward_tangent_direction
+    if t.is_cpu and not backend.triton_serves(t) and cpu.serves(t.dtype):
+        from torch_manual.kernels import cpu_tangent
+
+        return cpu_tangent.tangent_direction, cpu_tangent.backward_tangent_direction
     return _tangent_direction, _backward_tangent_direction
 
 
-def _tangent_direction(
+def _known_tpre(
     tx: Tensor | None,
-    th: Tensor,
-    tc: Tensor,
-    tw: LSTMWeights,
     x: Tensor,
-    h_before: Tensor,
-    c_before: Tensor,
+    y: Tensor,
+    h0: Tensor,
     batch_sizes: Tensor | None,
     w: LSTMWeights,
+    tw: LSTMWeights,
+    reverse: bool,
+) -> Tensor:
+    """R1 but for th_{t-1} W_hhᵀ, of all rows."""
+    h_prev = None if tw.weight_hh is None else previous(y, h0, batch_sizes, reverse)
+    tpre = None
+    for a, b in ((tx, w.weight_ih), (x, tw.weight_ih), (h_prev, tw.weight_hh)):
+        if a is not None and b is not None:
+            tpre = a @ b.T if tpre is None else tpre.addmm_(a, b.T)
+    if tpre is None:
+        tpre = x.new_zeros(len(x), w.weight_hh.shape[0])
+    for tbias in (tw.bias_ih, tw.bias_hh):
+        if tbias is not None:
+            tpre += tbias
+    return tpre
+
+
+def _tangent_direction(
+    tpre: Tensor,
+    th: Tensor,
+    tc: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    w: LSTMWeights,
+    tw: LSTMWeights,
     gates: Tensor,
     cells: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ty = x.new_empty(len(x), th.shape[1])
+    ty = th.new_empty(len(cells), th.shape[1])
     tgates, tcells = torch.empty_like(gates), torch.empty_like(cells)
-    input_part = torch.zeros_like(gates)
-    for a, b in ((tx, w.weight_ih), (x, tw.weight_ih), (h_before, tw.weight_hh)):
-        if a is not None and b is not None:
-            input_part += a @ b.T
-    for tbias in (tw.bias_ih, tw.bias_hh):
-        if tbias is not None:
-            input_part += tbias
-    order = steps(len(x), len(th), batch_sizes)
+    c_before = previous(cells, c0, batch_sizes, reverse)
+    order = steps(len(cells), len(th), batch_sizes)
     for rows in reversed(order) if reverse else order:
         alive = slice(rows.stop - rows.start)
         i, f, g, o = gates[rows].chunk(4, -1)
         c_prev, tc_prev, c = c_before[rows], tc[alive], cells[rows]
         tanh_c = torch.tanh(c)
-        tpre = input_part[rows] + th[alive] @ w.weight_hh.T  # R1
-        tpre_i, tpre_f, tpre_g, tpre_o = tpre.chunk(4, -1)
+        tpre_i, tpre_f, tpre_g, tpre_o = (tpre[rows] + th[alive] @ w.weight_hh.T).chunk(4, -1)  # R1
         tpre_i = _peep(_peep(tpre_i, tc_prev, w.weight_ci), c_prev, tw.weight_ci)
         tpre_f = _peep(_peep(tpre_f, tc_prev, w.weight_cf), c_prev, tw.weight_cf)
         ti = i * (1 - i) * tpre_i  # R2
@@ -137,17 +158,17 @@ def _backward_tangent(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`outer` is dy, dh_n, dc_n, dcells and `touter` their tangents; `dpre` is lstm_backward's."""
     dtype = _compute_dtype(gates)
-    tc0 = torch.zeros_like(c0) if tc0 is None else tc0
     _, loop = _loops(gates, weights)
+    P = by_direction(weights)[0].weight_hh.shape[1]
     results = []
     for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True)):
         results.append(
             loop(
-                _outer_direction(outer, d, w, c0, gates, dtype),
-                _outer_direction(touter, d, w, c0, gates, dtype),
+                _of_direction(outer, d, P, dtype),
+                _of_direction(touter, d, P, dtype),
                 dpre[d].to(dtype),
-                previous(cells[d], c0[d], batch_sizes, bool(d)).to(dtype),
-                previous(tcells[d], tc0[d], batch_sizes, bool(d)).to(dtype),
+                c0[d].to(dtype),
+                torch.zeros_like(c0[d], dtype=dtype) if tc0 is None else tc0[d].to(dtype),
                 batch_sizes,
                 _cast(w, dtype),
                 _cast(tw, dtype),
@@ -158,16 +179,16 @@ def _backward_tangent(
                 reverse=bool(d),
             )
         )
-    tdpre, tdh, tdh0, tdc0 = (torch.stack(t).to(gates.dtype) for t in zip(*results, strict=True))
+    tdpre, tdh, tdh0, tdc0 = (_stack(t).to(gates.dtype) for t in zip(*results, strict=True))
     return tdpre, tdh, tdh0, tdc0
 
 
 def _backward_tangent_direction(
-    outer: tuple[Tensor, ...],
-    touter: tuple[Tensor, ...],
+    outer: Sequence[Tensor | None],
+    touter: Sequence[Tensor | None],
     dpre: Tensor,
-    c_before: Tensor,
-    tc_before: Tensor,
+    c0: Tensor,
+    tc0: Tensor,
     batch_sizes: Tensor | None,
     w: LSTMWeights,
     tw: LSTMWeights,
@@ -177,8 +198,10 @@ def _backward_tangent_direction(
     tcells: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy, dh_next, dc_next, dcells = outer
-    tdy, tdh_next, tdc_next, tdcells = touter
+    dy, dh_next, dc_next, dcells = filled(outer, c0, w, cells)
+    tdy, tdh_next, tdc_next, tdcells = filled(touter, c0, w, cells)
+    c_before = previous(cells, c0, batch_sizes, reverse)
+    tc_before = previous(tcells, tc0, batch_sizes, reverse)
     tdpre = torch.empty_like(dpre)
     tdh_rows = torch.empty_like(dy) if w.weight_hr is not None else dy.new_empty(0)
     sent_back = dpre @ w.weight_hh
@@ -231,29 +254,24 @@ def _backward_tangent_direction(
     return tdpre, tdh_rows, tdh_next, tdc_next
 
 
-def _outer_direction(
-    outer: Sequence[Tensor | None],
-    d: int,
-    w: LSTMWeights,
-    c0: Tensor,
-    gates: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """dy, dh_n, dc_n and dcells of one direction, zeros for None, the carries free to change."""
-    dy, dh_n, dc_n, dcells = outer
-    (B, H), N, P = c0.shape[1:], gates.shape[1], w.weight_hh.shape[1]
+def _of_direction(
+    outer: Sequence[Tensor | None], d: int, P: int, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """dy, dh_n, dc_n and dcells of one direction."""
+    dy, *states = outer
+    dy = None if dy is None else dy[:, d * P : (d + 1) * P]
+    return tuple(_to(t, dtype) for t in (dy, *(None if t is None else t[d] for t in states)))
 
-    def get(t: Tensor | None, *shape: int) -> Tensor:
-        if t is None:
-            return gates.new_zeros(shape, dtype=dtype)
-        return t.to(dtype, copy=True)
 
-    return (
-        get(None if dy is None else dy[:, d * P : (d + 1) * P], N, P),
-        get(None if dh_n is None else dh_n[d], B, P),
-        get(None if dc_n is None else dc_n[d], B, H),
-        get(None if dcells is None else dcells[d], N, H),
-    )
+def filled(
+    outer: Sequence[Tensor | None], c0: Tensor, w: LSTMWeights, cells: Tensor
+) -> list[Tensor]:
+    """dy, dh_n, dc_n and dcells with zeros for None, and free to be changed."""
+    (N, H), B, P = cells.shape, len(c0), w.weight_hh.shape[1]
+    return [
+        cells.new_zeros(shape) if t is None else t.clone(memory_format=torch.contiguous_format)
+        for t, shape in zip(outer, ((N, P), (B, P), (B, H), (N, H)), strict=True)
+    ]
 
 
 def _project(m: Tensor, weight_hr: Tensor | None) -> Tensor:
@@ -266,6 +284,10 @@ def _project_by(m: Tensor, tweight_hr: Tensor | None) -> Tensor | int:
 
 def _product(a: Tensor, b: Tensor | None) -> Tensor | int:
     return 0 if b is None else a @ b
+
+
+def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

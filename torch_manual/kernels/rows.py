@@ -70,6 +70,18 @@ def previous(
     )
 
 
+def first(rows: Tensor, batch: int, batch_sizes: Tensor | None, reverse: bool = False) -> Tensor:
+    """Return every sequence's first row in the order of the recurrence, (B, K)."""
+    if not reverse:
+        return rows[:batch]
+    if batch_sizes is None:
+        return rows[len(rows) - batch :]
+    sequence = torch.arange(batch)
+    lengths = (batch_sizes > sequence.unsqueeze(1)).sum(1)
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    return rows.index_select(0, (starts[lengths - 1] + sequence).to(rows.device))
+
+
 def _previous_index(n_rows: int, batch_sizes: Tensor, reverse: bool) -> Tensor:
     """Index into [rows; initial] of every row's predecessor."""
     row = torch.arange(n_rows)

@@ -6,23 +6,24 @@ peepholes are left to those.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from torch_manual.kernels.lstm import LSTMWeights
-from torch_manual.kernels.rows import steps
+from torch_manual.kernels.lstm_tangent import filled
+from torch_manual.kernels.rows import previous, steps
 
 
 def tangent_direction(
-    tx: Tensor | None,
+    tpre: Tensor,
     th: Tensor,
     tc: Tensor,
-    tw: LSTMWeights,
-    x: Tensor,
-    h_before: Tensor,
-    c_before: Tensor,
+    c0: Tensor,
     batch_sizes: Tensor | None,
     w: LSTMWeights,
+    tw: LSTMWeights,
     gates: Tensor,
     cells: Tensor,
     reverse: bool,
@@ -30,17 +31,11 @@ def tangent_direction(
     from torch_manual.triton_kernels.lstm.tangent import step_tangent
 
     th, tc, gates, cells = (t.contiguous() for t in (th, tc, gates, cells))
-    ty = x.new_empty(len(x), th.shape[1])
+    ty = th.new_empty(len(cells), th.shape[1])
     tgates, tcells, tm = torch.empty_like(gates), torch.empty_like(cells), torch.empty_like(tc)
-    tpre = torch.zeros_like(gates)
-    for a, b in ((tx, w.weight_ih), (x, tw.weight_ih), (h_before, tw.weight_hh)):
-        if a is not None and b is not None:
-            tpre += a @ b.T
-    for tbias in (tw.bias_ih, tw.bias_hh):
-        if tbias is not None:
-            tpre += tbias
+    c_before = previous(cells, c0, batch_sizes, reverse)
     peepholes = _peepholes(w, tw)
-    order = steps(len(x), len(th), batch_sizes)
+    order = steps(len(cells), len(th), batch_sizes)
     for rows in reversed(order) if reverse else order:
         n = rows.stop - rows.start
         tpre[rows].addmm_(th[:n], w.weight_hh.T)  # R1
@@ -57,11 +52,11 @@ def tangent_direction(
 
 
 def backward_tangent_direction(
-    outer: tuple[Tensor, ...],
-    touter: tuple[Tensor, ...],
+    outer: Sequence[Tensor | None],
+    touter: Sequence[Tensor | None],
     dpre: Tensor,
-    c_before: Tensor,
-    tc_before: Tensor,
+    c0: Tensor,
+    tc0: Tensor,
     batch_sizes: Tensor | None,
     w: LSTMWeights,
     tw: LSTMWeights,
@@ -73,9 +68,10 @@ def backward_tangent_direction(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from torch_manual.triton_kernels.lstm.tangent import step_backward_tangent
 
-    dy, dh_next, dc_next, dcells = outer
-    tdy, tdh_next, tdc_next, tdcells = (t.contiguous() for t in touter)
-    dc_next = dc_next.contiguous()
+    dy, dh_next, dc_next, dcells = filled(outer, c0, w, cells)
+    tdy, tdh_next, tdc_next, tdcells = filled(touter, c0, w, cells)
+    c_before = previous(cells, c0, batch_sizes, reverse)
+    tc_before = previous(tcells, tc0, batch_sizes, reverse)
     dpre, gates, cells, tgates, tcells = (
         t.contiguous() for t in (dpre, gates, cells, tgates, tcells)
     )

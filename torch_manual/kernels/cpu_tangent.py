@@ -1,0 +1,157 @@
+"""The loops of lstm_tangent.py in the compiled CPU kernel (csrc/lstm_tangent.h).
+
+Same arguments and results as `_tangent_direction` and `_backward_tangent_direction` there. What
+does not depend on another step is taken here, over all rows at once; the kernel then goes the way
+of a forward or a backward pass, with the one product a step that these have.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_manual.kernels import cpu
+from torch_manual.kernels.lstm import LSTMWeights, _peep, _peep_back
+from torch_manual.kernels.rows import first, previous
+
+_tangent_arguments = struct.Struct(f"{cpu.FORWARD_WORDS + 3}q").pack
+_backward_tangent_arguments = struct.Struct(f"{cpu.BACKWARD_WORDS + 7}q").pack
+
+
+def tangent_direction(
+    tpre: Tensor,
+    th: Tensor,
+    tc: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    w: LSTMWeights,
+    tw: LSTMWeights,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (N, H), (B, P) = cells.shape, th.shape
+    th, tc, c0, gates, cells = (t.contiguous() for t in (th, tc, c0, gates, cells))
+    if any(t is not None for t in tw[5:]):
+        c_prev = previous(cells, c0, batch_sizes, reverse)
+        tpre_i, tpre_f, _, tpre_o = tpre.chunk(4, -1)
+        tpre_i.copy_(_peep(tpre_i, c_prev, tw.weight_ci))
+        tpre_f.copy_(_peep(tpre_f, c_prev, tw.weight_cf))
+        tpre_o.copy_(_peep(tpre_o, cells, tw.weight_co))
+    if tw.weight_hr is not None:
+        ty = (gates.chunk(4, -1)[3] * torch.tanh(cells)) @ tw.weight_hr.T
+    else:
+        ty = cells.new_zeros(N, P) if w.weight_hr is not None else cells.new_empty(N, P)
+    tcells, th_n, tc_n = torch.empty_like(cells), torch.empty_like(th), torch.empty_like(tc)
+    T, lengths = cpu.steps(N, B, batch_sizes)
+    if T == 0:
+        return ty, th, tc, tpre, tcells
+    weights, pointers, full = cpu.in_c_order(_of_recurrence(w))
+    cpu.call(
+        "lstm_tangent",
+        cells.dtype,
+        _tangent_arguments(
+            *(T, B, 0, H, P, 1, full, reverse, *cpu.grid(T, B, N * 4 * H * P, H, 1), lengths),
+            *(0, 0, th.data_ptr(), tc.data_ptr()),
+            *(ty.data_ptr(), th_n.data_ptr(), tc_n.data_ptr(), tpre.data_ptr(), tcells.data_ptr()),
+            *pointers,
+            *(gates.data_ptr(), cells.data_ptr(), c0.data_ptr()),
+        ),
+    )
+    return ty, th_n, tc_n, tpre, tcells
+
+
+def backward_tangent_direction(
+    outer: Sequence[Tensor | None],
+    touter: Sequence[Tensor | None],
+    dpre: Tensor,
+    c0: Tensor,
+    tc0: Tensor,
+    batch_sizes: Tensor | None,
+    w: LSTMWeights,
+    tw: LSTMWeights,
+    gates: Tensor,
+    cells: Tensor,
+    tgates: Tensor,
+    tcells: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (N, H), B, P = cells.shape, len(c0), w.weight_hh.shape[1]
+    T, lengths = cpu.steps(N, B, batch_sizes)
+    _, tdh_n, tdc_n, _ = touter
+    tdh0 = cells.new_zeros(B, P) if tdh_n is None else tdh_n.clone()
+    tdc0 = cells.new_zeros(B, H) if tdc_n is None else tdc_n.clone()
+    tdpre = torch.empty_like(gates, memory_format=torch.contiguous_format)
+    tdh = cells.new_empty((N, P) if w.weight_hr is not None else 0)
+    if T == 0:
+        return tdpre, tdh, tdh0, tdc0
+
+    def from_next(sent: Tensor, last: Tensor | None) -> Tensor:
+        """What every row is sent by the step after it; of the last step, `last`."""
+        last = sent.new_zeros(B, sent.shape[1]) if last is None else last
+        return previous(sent, last, batch_sizes, not reverse)
+
+    dy, dh_n, dc_n, dcells = outer
+    tdy, _, _, tdcells = touter
+    dh = from_next(dpre @ w.weight_hh, dh_n)
+    if dy is not None:
+        dh = dh + dy
+    dm = dh if w.weight_hr is None else dh @ w.weight_hr
+    tdm = None if tw.weight_hr is None else dh @ tw.weight_hr  # R10
+    tsent = None if tw.weight_hh is None else dpre @ tw.weight_hh  # R17
+    if tsent is not None:
+        tdy = _sum(from_next(tsent, None), tdy)
+    sent_c, tsent_c = _sent_to_cell(dpre, w), _sent_to_cell(dpre, tw)  # R16
+    dpre_o = dpre.chunk(4, -1)[3]
+    dc_given = _sum(dcells, None if sent_c is None else from_next(sent_c, None))
+    dc_given = _sum(dc_given, _through(dpre_o, w.weight_co))
+    tdc_given = _sum(tdcells, None if tsent_c is None else from_next(tsent_c, None))
+    tdc_given = _sum(tdc_given, _through(dpre_o, tw.weight_co))  # R12
+    dc_next = cells.new_zeros(B, H) if dc_n is None else dc_n.clone()
+    given = [_contiguous(t) for t in (tdy, tdh_n, tdc_n, tdc_given, c0, gates, cells)]
+    more = [_contiguous(t) for t in (dm, tdm, dc_given, dc_next, tgates, tcells, tc0)]
+    weights, pointers, full = cpu.in_c_order(_of_recurrence(w))
+    addresses = [0 if t is None else t.data_ptr() for t in given]
+    cpu.call(
+        "lstm_backward_tangent",
+        cells.dtype,
+        _backward_tangent_arguments(
+            *(T, B, 0, H, P, 1, full, reverse, *cpu.grid(T, B, N * 4 * H * P, H, 1), lengths),
+            *(addresses[0], P, *addresses[1:]),
+            *(tdpre.data_ptr(), tdh.data_ptr(), tdh0.data_ptr(), tdc0.data_ptr()),
+            *pointers,
+            *(0 if t is None else t.data_ptr() for t in more),
+        ),
+    )
+    for out, sent in ((tdh0, tsent), (tdc0, tsent_c)):
+        if sent is not None:
+            out += first(sent, B, batch_sizes, reverse)
+    return tdpre, tdh, tdh0, tdc0
+
+
+def _of_recurrence(w: LSTMWeights) -> LSTMWeights:
+    """The weights that the recurrences read."""
+    return w._replace(weight_ih=None, bias_ih=None, bias_hh=None)  # type: ignore[arg-type]
+
+
+def _sent_to_cell(dpre: Tensor, w: LSTMWeights) -> Tensor | None:
+    """What the gates of every row send to the cell of the row before it through peepholes."""
+    dpre_i, dpre_f, _, _ = dpre.chunk(4, -1)
+    return _sum(_through(dpre_i, w.weight_ci), _through(dpre_f, w.weight_cf))
+
+
+def _through(dpre: Tensor, weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else _peep_back(dpre, weight)  # type: ignore[return-value]
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

@@ -31,6 +31,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 class BuildKernel(build_ext):
     """Shared objects for ctypes: no Python in their names, no module in them."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or True  # an object per instruction set, all at once
+
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
@@ -60,6 +64,7 @@ setup(
                     "lstm",
                     "lstm_forward",
                     "lstm_backward",
+                    "lstm_sums",
                     "lstm_tangent",
                     "product",
                     "threads",

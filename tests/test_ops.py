@@ -5,8 +5,10 @@ import torch
 
 import torch_manual
 from cases import SAMPLES
-from torch_manual.kernels.lstm import lstm_backward, lstm_forward
+from torch_manual.kernels.lstm import by_direction
 from torch_manual.kernels.rows import previous, steps
+
+ops = torch.ops.torch_manual
 
 
 def op_arguments(sample, dtype, peephole):
@@ -30,13 +32,19 @@ def op_arguments(sample, dtype, peephole):
 def test_opcheck(sample, dtype, peephole):
     args = op_arguments(sample, dtype, peephole)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(lstm_forward, (*args, False), test_utils=checks)
-    torch.library.opcheck(lstm_forward, (*args, True), test_utils=checks)
+    torch.library.opcheck(ops.lstm_forward.default, (*args, False), test_utils=checks)
+    torch.library.opcheck(ops.lstm_forward.default, (*args, True), test_utils=checks)
     x, h0, c0, batch_sizes, weights = args
-    y, h_n, c_n, gates, cells = lstm_forward(*args, True)
+    y, h_n, c_n, gates, cells = ops.lstm_forward(*args, True)
     saved = (c0, batch_sizes, weights, gates, cells)
     for outer in ((y, h_n, c_n, cells), (y, None, None, None), (None, None, c_n, None)):
-        torch.library.opcheck(lstm_backward, (*outer, *saved), test_utils=checks)
+        torch.library.opcheck(ops.lstm_backward.default, (*outer, *saved), test_utils=checks)
+    dpre, h_prev = gates[0], previous(y[:, : h0.shape[2]], h0[0], batch_sizes)
+    for given in ((x, h_prev, True), (None, h_prev, False), (x, None, True)):
+        torch.library.opcheck(ops.lstm_weight_sums.default, (dpre, *given), test_utils=checks)
+    weights_ih = [w.weight_ih for w in by_direction(weights)]
+    sums = [*gates], weights_ih
+    torch.library.opcheck(ops.lstm_input_sums.default, sums, test_utils=checks)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -1,5 +1,6 @@
 // The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return 0, or 1
 // when memory ran out.
+#include "lstm_sums.h"
 #include "lstm_tangent.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -27,6 +28,18 @@ EXPORT int lstm_backward_tangent_float32(const BackwardTangentArguments<float>* 
 }
 EXPORT int lstm_backward_tangent_float64(const BackwardTangentArguments<double>* a) {
     return run_layer<Backward<double, true>>(*a);
+}
+EXPORT int lstm_input_sums_float32(const InputSumsArguments<float>* a) {
+    return run_sums<InputSums<float>>(*a);
+}
+EXPORT int lstm_input_sums_float64(const InputSumsArguments<double>* a) {
+    return run_sums<InputSums<double>>(*a);
+}
+EXPORT int lstm_weight_sums_float32(const WeightSumsArguments<float>* a) {
+    return run_sums<WeightSums<float>>(*a);
+}
+EXPORT int lstm_weight_sums_float64(const WeightSumsArguments<double>* a) {
+    return run_sums<WeightSums<double>>(*a);
 }
 
 // The best of the instruction sets built that this processor has.

@@ -25,7 +25,7 @@ from torch_manual.functions.lstm_second_order import (
     fold,
     vmap_by_loop,
 )
-from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward, lstm_infer
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
 
 __all__ = ["LSTMWeights", "lstm_cell", "lstm_layer"]
 
@@ -83,7 +83,7 @@ def lstm_layer(
         y, h_n, c_n, cells, _ = function.apply(rows, h0, c0, batch_sizes, *flat)
     else:
         with autocast_off(x):
-            y, h_n, c_n, _, cells = lstm_infer(rows, h0, c0, batch_sizes, flat, return_cells)
+            y, h_n, c_n, _, cells = lstm_forward(rows, h0, c0, batch_sizes, flat, return_cells)
     if x.dim() == 3:
         y = y.view(*x.shape[:-1], y.shape[-1])
     if not return_cells:

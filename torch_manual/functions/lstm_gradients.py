@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward
+from torch_manual.kernels.lstm_sums import lstm_input_sums, lstm_weight_sums
 from torch_manual.kernels.lstm_tangent import lstm_backward_tangent, lstm_tangent
 from torch_manual.kernels.rows import Run, previous, runs
 
@@ -175,11 +176,15 @@ def _rows(t: Tensor, rows: slice | None) -> Tensor:
 
 
 def dx_of(dpre: Tensor, weights: Tensors) -> Any:
-    dx = None
-    for d, w in enumerate(by_direction(weights)):
-        if w.weight_ih is not None:
-            dx = _add(dx, dpre[d] @ w.weight_ih)  # B10
-    return dx
+    """B10; dpre is (D, N, 4H), or of each sample (D, samples, rows, 4H)."""
+    known = [d for d, w in enumerate(by_direction(weights)) if w.weight_ih is not None]
+    if not known:
+        return None
+    rows = [dpre[d] for d in known]
+    weights_ih = [by_direction(weights)[d].weight_ih for d in known]
+    if dpre.dim() == 3:
+        return lstm_input_sums(rows, weights_ih)
+    return sum(r @ w for r, w in zip(rows, weights_ih, strict=True))
 
 
 def factors_of(need: LSTMWeights, p: Primal, d: int, reverse: bool = False) -> Factors:
@@ -232,26 +237,37 @@ def _direction(y: Tensor, h0: Tensor, d: int) -> Tensor:
 def sums_of(
     need: LSTMWeights, dpre: Tensor, dh: Tensor, factors: Factors, p: Primal, d: int
 ) -> LSTMWeights:
-    """The sums over all rows, taken once, as matrix products; None where not needed or zero."""
+    """The sums over all rows, as matrix products; None where not needed or zero."""
     x, h_prev, m, c_prev, c = factors
     w = by_direction(p.weights)[d]
-    dweight_ih = dpre.mT @ x if need.weight_ih and x is not None else None  # B11
-    dweight_hh = dpre.mT @ h_prev if h_prev is not None else None  # B12
-    dbias_ih = dpre.sum(-2) if need.bias_ih else None  # B13
-    dbias_hh = None
-    if need.bias_hh:
-        dbias_hh = dpre.sum(-2) if dbias_ih is None else dbias_ih.clone()
+    x = x if need.weight_ih else None
+    bias = bool(need.bias_ih or need.bias_hh)
+    dweight_ih, dweight_hh, db = _weight_sums(dpre, x, h_prev, bias)
     dweight_hr = dh.mT @ m if m is not None else None  # B14
     dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
     return LSTMWeights(
-        dweight_ih,  # type: ignore[arg-type]
-        dweight_hh,  # type: ignore[arg-type]
-        dbias_ih,
-        dbias_hh,
+        dweight_ih if x is not None else None,  # type: ignore[arg-type]
+        dweight_hh if h_prev is not None else None,  # type: ignore[arg-type]
+        db if need.bias_ih else None,
+        (db.clone() if need.bias_ih else db) if need.bias_hh else None,
         dweight_hr,
         _peephole_sum(dpre_i, c_prev, w.weight_ci) if need.weight_ci else None,  # B15
         _peephole_sum(dpre_f, c_prev, w.weight_cf) if need.weight_cf else None,
         _peephole_sum(dpre_o, c, w.weight_co) if need.weight_co else None,
+    )
+
+
+def _weight_sums(
+    dpre: Tensor, x: Tensor | None, h_prev: Tensor | None, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dW_ih, dW_hh and db; of each sample when `dpre` is (samples, rows, 4H)."""
+    if dpre.dim() == 2:
+        return lstm_weight_sums(dpre, x, h_prev, bias)
+    nothing = dpre.new_empty(0)
+    return (
+        nothing if x is None else dpre.mT @ x,
+        nothing if h_prev is None else dpre.mT @ h_prev,
+        dpre.sum(-2) if bias else nothing,
     )
 
 

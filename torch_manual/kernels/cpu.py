@@ -10,6 +10,7 @@ Shapes are those of torch_manual/kernels/lstm.py; csrc/lstm.h describes the stru
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import struct
@@ -28,11 +29,18 @@ INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 FOLDER = Path(
     os.environ.get("TORCH_MANUAL_KERNEL_FOLDER", Path(__file__).resolve().parent.parent / "csrc")
 )
+_FUNCTIONS = (
+    "lstm_forward",
+    "lstm_backward",
+    "lstm_tangent",
+    "lstm_backward_tangent",
+    "lstm_input_sums",
+    "lstm_weight_sums",
+)
 _HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
-
-
+_WORTH_A_THREAD = 1_000_000  # multiplications
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
 
@@ -141,7 +149,7 @@ def _functions() -> dict[tuple[str, torch.dtype], Any]:
         library = ctypes.CDLL(str(_path(instruction_set())))
         _libraries[chosen] = {
             (name, dtype): getattr(library, f"{name}_{suffix}")
-            for name in ("lstm_forward", "lstm_backward", "lstm_tangent", "lstm_backward_tangent")
+            for name in _FUNCTIONS
             for dtype, suffix in ((torch.float32, "float32"), (torch.float64, "float64"))
         }
     return _libraries[chosen]
@@ -165,17 +173,26 @@ def grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
     """
     if _override.grid:
         return _override.grid
-    threads = 1 if _forked else torch.get_num_threads()
-    if threads == 1 or D * work < 1_000_000:
+    n = threads(D * work)
+    if n == 1:
         return Grid()
-    directions = D if threads >= D else 1
-    threads //= directions
-    if threads == 1 or work < 1_000_000:
+    directions = D if n >= D else 1
+    n //= directions
+    if n == 1 or work < _WORTH_A_THREAD:
         return Grid(directions)
-    if T > 1 and 4 * threads <= B and H <= 256:
-        return Grid(directions, batches=threads)
-    units = min(threads, -(-H // 32), max(1, work // (T * 30_000)))
+    if T > 1 and 4 * n <= B and H <= 256:
+        return Grid(directions, batches=n)
+    units = min(n, -(-H // 32), max(1, work // (T * 30_000)))
     return Grid(directions, units=units)
+
+
+def threads(work: int) -> int:
+    """How many threads may share so many multiplications."""
+    if _override.grid:
+        return math.prod(_override.grid)
+    if _forked or work < _WORTH_A_THREAD:
+        return 1
+    return torch.get_num_threads()
 
 
 # Sizes take twelve words; then come `unpacked` and eight pointers, or eleven and a stride.
@@ -204,9 +221,9 @@ def lstm_forward(
         return tuple(t.to(dtype) for t in results)  # type: ignore[return-value]
     x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     (N, I), (D, B, P), H = x.shape, h0.shape, c0.shape[2]
-    y, h_n, c_n = _empty(x, N, D * P), torch.empty_like(h0), torch.empty_like(c0)
-    gates = _empty(x, D, N, 4 * H) if save else x.new_empty(0)
-    cells = _empty(x, D, N, H) if save else x.new_empty(0)
+    y, h_n, c_n = empty(x, N, D * P), torch.empty_like(h0), torch.empty_like(c0)
+    gates = empty(x, D, N, 4 * H) if save else x.new_empty(0)
+    cells = empty(x, D, N, H) if save else x.new_empty(0)
     T, lengths = steps(N, B, batch_sizes)
     if T == 0:
         return y, h_n.copy_(h0), c_n.copy_(c0), gates, cells
@@ -259,8 +276,8 @@ def lstm_backward(
     weight_hh, projected = weights[1], weights[4] is not None
     assert weight_hh is not None
     (D, N, _), (_, B, H), P = gates.shape, c0.shape, weight_hh.shape[1]
-    dpre = _empty(gates, *gates.shape)
-    dh = _empty(gates, D, N, P) if projected else gates.new_empty(D, 0)
+    dpre = empty(gates, *gates.shape)
+    dh = empty(gates, D, N, P) if projected else gates.new_empty(D, 0)
     dh0, dc0 = gates.new_empty(D, B, P), torch.empty_like(c0)
     T, lengths = steps(N, B, batch_sizes)
     if T == 0:
@@ -290,7 +307,7 @@ def lstm_backward(
     return dpre, dh, dh0, dc0
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
+def empty(like: Tensor, *shape: int) -> Tensor:
     """`like.new_empty(shape)`; in huge pages if large, whose first touch costs a fraction."""
     t = like.new_empty(shape)
     if t.nbytes >= 2 * _HUGE_PAGE and _madvise is not None:

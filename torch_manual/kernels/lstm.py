@@ -3,8 +3,8 @@
     torch_manual::lstm_forward   x, h0, c0, weights            → y, h_n, c_n, gates, cells
     torch_manual::lstm_backward  dy, dh_n, dc_n, dcells, saved  → dpre, dh, dh0, dc0
 
-Everything that is a sum over time (dx, dW, db) is left to the caller: it is one matrix product on
-`dpre`. What follows here is the implementation in plain torch, for any device and dtype.
+Everything that is a sum over time (dx, dW, db) is a matrix product on `dpre`, in lstm_sums.py. What
+follows here is the implementation in plain torch, for any device and dtype.
 
 Shapes: T steps, B sequences, N rows (T·B, or Σ batch_sizes when packed), I inputs, H hidden units,
 P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
@@ -302,17 +302,31 @@ torch.library.impl("torch_manual::lstm_forward", "cuda", _forward_cuda)
 torch.library.impl("torch_manual::lstm_backward", "cuda", _backward_cuda)
 
 
-def lstm_infer(x: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """`lstm_forward` where no gradient is wanted: without the dispatcher when nobody listens to it.
+def dispatched(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch's dispatcher must see a call with these tensors.
 
-    A step takes the kernel a few microseconds, and the dispatcher as long again.
+    A step takes the kernel a few microseconds and the dispatcher as long again, so that CPU tensors
+    go without it when nobody listens: no tracer, no mode, no transform, no subclass.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return lstm_forward(x, h0, c0, *rest)
-    if x.is_cpu and all(t is None or type(t) in PLAIN for t in (x, h0, c0, *rest[1])):
-        return _forward_cpu(x, h0, c0, *rest)
-    return lstm_forward(x, h0, c0, *rest)
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or not all(t is None or (type(t) in PLAIN and t.is_cpu) for t in tensors)
+    )
 
 
-lstm_forward = torch.ops.torch_manual.lstm_forward.default
-lstm_backward = torch.ops.torch_manual.lstm_backward.default
+def lstm_forward(x: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """`torch_manual::lstm_forward`."""
+    if dispatched(x, h0, c0, *rest[1]):
+        return torch.ops.torch_manual.lstm_forward.default(x, h0, c0, *rest)
+    return _forward_cpu(x, h0, c0, *rest)
+
+
+def lstm_backward(*args: Any) -> tuple[Tensor, ...]:
+    """`torch_manual::lstm_backward`."""
+    dy, dh_n, dc_n, dcells, c0, _, weights, gates, cells = args[:9]
+    if dispatched(dy, dh_n, dc_n, dcells, c0, *weights, gates, cells):
+        return torch.ops.torch_manual.lstm_backward.default(*args)
+    return _backward_cpu(*args)

@@ -1,0 +1,217 @@
+// The gradients that are sums over all steps, as matrix products: B10, and B11 to B13.
+//
+// Sums over rows are long: they are closed every `depth` rows, for which dpre and what it is
+// multiplied with are packed.
+#pragma once
+
+#include "lstm.h"
+
+namespace {
+
+template <typename real>
+struct InputSumsArguments {
+    int64_t N, I, K, D, threads;  // K = 4H
+    real* dx;                     // (N, I)
+    const real* dpre[2];          // (N, K) of each direction
+    const real* weight_ih[2];     // (K, I)
+};
+
+template <typename real>
+struct WeightSumsArguments {
+    int64_t N, I, P, M, threads;  // M = 4H
+    const real* dpre;             // (N, M)
+    const real* x;                // (N, I), or null
+    const real* h_prev;           // (N, P), or null
+    real* dweight_ih;             // (M, I), or null
+    real* dweight_hh;             // (M, P), or null
+    real* dbias;                  // (M,), or null
+};
+
+template <typename real>
+struct InputSums {
+    using vec = vec_of<real>;
+    static constexpr int L = Vector<real>::lanes;
+    static constexpr int64_t chunk_rows = 128;  // of dpre: they stay in the L2 cache
+
+    const InputSumsArguments<real>* args;
+    real* packed_weight[2];
+
+    int64_t panels() const { return (args->I + 2 * L - 1) / (2 * L); }
+    // Few rows do not pay for packing, but for a panel wider than what is left.
+    bool packed(int64_t panel) const {
+        return args->N > narrow_rows || (panel + 1) * 2 * L > args->I;
+    }
+
+    void plan(Workspace& workspace, const InputSumsArguments<real>& a) {
+        args = &a;
+        for (int64_t d = 0; d < a.D; d++)
+            packed_weight[d] = workspace.take<real>(panels() * a.K * 2 * L);
+    }
+
+    void prepare(int64_t thread, int64_t threads) {
+        const Range mine = share(panels(), thread, threads);
+        for (int64_t d = 0; d < args->D; d++)
+            for (int64_t p = mine.begin; p < mine.end; p++)
+                if (packed(p))
+                    pack_columns(packed_weight[d] + p * args->K * 2 * L, args->weight_ih[d],
+                                 p * 2 * L, args->I, args->K);
+    }
+
+    void run(int64_t thread, int64_t threads) const {
+        const Range mine = share(args->N, thread, threads);
+        for (int64_t row = mine.begin; row < mine.end; row += chunk_rows)
+            cover(Tile{this}, row, least(row + chunk_rows, mine.end), 0, panels());
+    }
+
+    struct Tile {
+        static constexpr int max_rows = narrow_rows;
+        const InputSums* self;
+
+        template <int ROWS>
+        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+            if (self->args->I - panel * 2 * L > L)
+                columns<ROWS, 2>(row, panel);
+            else
+                columns<ROWS, 1>(row, panel);
+        }
+
+        template <int ROWS, int VECS>
+        INLINE void columns(int64_t row, int64_t panel) const {
+            const auto& a = *self->args;
+            const bool whole = self->packed(panel);
+            for (int64_t d = 0; d < a.D; d++) {
+                const real* weight = whole ? self->packed_weight[d] + panel * a.K * 2 * L
+                                           : a.weight_ih[d] + panel * 2 * L;
+                vec sum[ROWS][VECS];
+                clear(sum);
+                add_product(sum, a.dpre[d] + row * a.K, a.K, weight, whole ? 2 * L : a.I, a.K);  // B10
+                for (int r = 0; r < ROWS; r++)
+                    for (int v = 0; v < VECS; v++) {
+                        const int64_t i = (2 * panel + v) * L;
+                        real* at = a.dx + (row + r) * a.I + i;
+                        store(at, d > 0 ? load(at, a.I - i) + sum[r][v] : sum[r][v], a.I - i);
+                    }
+            }
+        }
+    };
+};
+
+template <typename real>
+struct WeightSums {
+    using vec = vec_of<real>;
+    static constexpr int L = Vector<real>::lanes;
+    static constexpr int R = wide_rows, V = 4;  // of a tile: rows of the weight, vectors
+    static constexpr int64_t depth = 128;  // terms of a sum: with twice as many, float32 is less accurate than BLAS
+    static constexpr int64_t tile_size = depth * R + 64 / sizeof(real);
+
+    const WeightSumsArguments<real>* args;
+    real *packed_dpre, *packed_columns;
+
+    int64_t tiles() const { return (args->M + R - 1) / R; }
+
+    void plan(Workspace& workspace, const WeightSumsArguments<real>& a) {
+        args = &a;
+        packed_dpre = workspace.take<real>(tiles() * tile_size);
+        packed_columns = workspace.take<real>(a.threads * depth * V * L);
+    }
+
+    void prepare(int64_t, int64_t) {}
+
+    // Every thread makes its share of the rows of both weights.
+    void run(int64_t thread, int64_t threads) const {
+        const auto& a = *args;
+        const Range mine = share(tiles(), thread, threads);
+        real* columns = packed_columns + thread * depth * V * L;
+        for (int64_t n = 0; n < a.N; n += depth) {
+            const int64_t K = least(depth, a.N - n);
+            pack(mine, n, K);
+            if (a.dweight_ih) add_columns(mine, columns, a.x, a.dweight_ih, a.I, n, K);      // B11
+            if (a.dweight_hh) add_columns(mine, columns, a.h_prev, a.dweight_hh, a.P, n, K);  // B12
+        }
+    }
+
+    // Packs rows n to n + K of dpre: the R numbers of a tile for k = 0, then for k = 1, and so on.
+    void pack(Range mine, int64_t n, int64_t K) const {
+        const auto& a = *args;
+        const int64_t begin = mine.begin * R, end = least(mine.end * R, a.M);
+        for (int64_t k = 0; k < K; k++) {
+            const real* from = a.dpre + (n + k) * a.M;
+            int64_t m = begin;
+            for (; m + R <= end; m += R)
+                memcpy(packed_dpre + m / R * tile_size + k * R, from + m, R * sizeof(real));
+            for (int64_t r = 0; m < end && r < R; r++)
+                packed_dpre[m / R * tile_size + k * R + r] = m + r < end ? from[m + r] : 0;
+        }
+        if (!a.dbias) return;
+        for (int64_t m = begin; m < end; m += L) {
+            vec sum = {};
+            for (int64_t k = 0; k < K; k++) sum += load(a.dpre + (n + k) * a.M + m, end - m);
+            if (n > 0) sum += load(a.dbias + m, end - m);
+            store(a.dbias + m, sum, end - m);  // B13
+        }
+    }
+
+    // Adds dpreᵀ `from` over rows n to n + K to `to`, or for n = 0 sets it.
+    void add_columns(Range mine, real* columns, const real* from, real* to, int64_t width,
+                     int64_t n, int64_t K) const {
+        for (int64_t first = 0; first < width; first += V * L) {
+            const int64_t vectors = least(V, (width - first + L - 1) / L);
+            for (int64_t k = 0; k < K; k++)
+                for (int64_t v = 0; v < vectors; v++) {
+                    const int64_t column = first + v * L;
+                    store(columns + (k * vectors + v) * L,
+                          load(from + (n + k) * width + column, width - column));
+                }
+            for (int64_t t = mine.begin; t < mine.end; t++) {
+                real* at = to + t * R * width + first;
+                switch (vectors) {
+                    case 1: add_tile<1>(t, columns, at, width, width - first, n, K); break;
+                    case 2: add_tile<2>(t, columns, at, width, width - first, n, K); break;
+                    case 3: add_tile<3>(t, columns, at, width, width - first, n, K); break;
+                    default: add_tile<V>(t, columns, at, width, width - first, n, K);
+                }
+            }
+        }
+    }
+
+    template <int VECS>
+    __attribute__((noinline)) void add_tile(int64_t t, const real* columns, real* to, int64_t width,
+                                            int64_t left, int64_t n, int64_t K) const {
+        const real* dpre = packed_dpre + t * tile_size;
+        const int64_t rows = least(R, args->M - t * R);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t v = 0; v < VECS; v++) __builtin_prefetch(to + r * width + v * L, 1);
+        vec sum[R][VECS] = {};
+        for (int64_t k = 0; k < K; k++)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECS; v++)
+                    sum[r][v] += dpre[k * R + r] * load(columns + (k * VECS + v) * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECS; v++) {
+                if (r >= rows) continue;
+                real* at = to + r * width + v * L;
+                store(at, n > 0 ? sum[r][v] + load(at, left - v * L) : sum[r][v], left - v * L);
+            }
+    }
+};
+
+template <typename Sums, typename Arguments>
+int run_sums(const Arguments& a) {
+    Workspace workspace;
+    Sums sums;
+    sums.plan(workspace, a);
+    if (!workspace.allocate()) return 1;
+    sums.plan(workspace, a);
+    run_on(Grid{1, 1, a.threads}, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
+        sums.prepare(thread, grid.size());
+        everyone.wait();
+        sums.run(thread, grid.size());
+    });
+    return 0;
+}
+
+}  // namespace

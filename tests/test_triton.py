@@ -16,7 +16,7 @@ import torch
 
 from test_equation_tags import tags
 from torch_manual import _kernels_command
-from torch_manual.kernels.triton_compile import compile_apart, ttir, variants
+from torch_manual.kernels.triton_compile import compile_apart, spilled, ttir, variants
 from torch_manual.kernels.triton_levels import (
     CHIPS,
     Chip,
@@ -141,6 +141,20 @@ def test_compiles_within_budget(name, target, dtype):
     assert result["registers"] > 0
     if dtype in ("fp16", "bf16"):
         assert result["HMMA"] > 0, "the product does not use the tensor cores"
+
+
+def test_spills_are_counted():
+    assert spilled("@!P0 STL [R1+0x8], R2 ; LDL.LU.64 R4, [R1] ; LDG.E R4, [R1]") == 12
+    variant = next(
+        v
+        for v in variants(CHIPS["sm_80"])
+        if (v.name, v.dtype, v.plan.block, v.peepholes, v.aligned)
+        == ("lstm_sequence_forward", "fp32", (8, 64), False, True)
+    )
+    crowded = variant._replace(plan=variant.plan._replace(block=(16, 64)))
+    (_, within), (_, over) = compile_apart([variant, crowded])
+    assert within["spill_bytes"] == 0
+    assert over["spill_bytes"] > 0
 
 
 def test_a_compile_that_fails_or_aborts_is_reported(monkeypatch):

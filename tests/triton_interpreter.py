@@ -15,6 +15,25 @@ from triton.runtime import interpreter
 
 _builder = interpreter.InterpreterBuilder
 _dot, _cast = _builder.create_dot, _builder.cast_impl
+_patch_lang = interpreter._patch_lang
+
+
+def keep_language_patched():
+    """Replace triton.language's functions once, for the whole process.
+
+    The interpreter does it at every call of every function, which takes longer than the numbers do.
+    """
+    done = set()
+
+    def patch_once(fn):
+        modules = filter(inspect.ismodule, fn.__globals__.values())
+        languages = frozenset(m.__name__ for m in modules if m in (tl, tl.core))
+        if languages not in done:
+            _patch_lang(fn)
+            done.add(languages)
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = patch_once
 
 
 def mend_bfloat16():

@@ -77,7 +77,10 @@ def kernels(options: argparse.Namespace) -> int:
             "memory within the chip's)"
         )
     for row in failed:
-        print(f"over budget: {row['name']} {row['target']} {row['dtype']}: {row['over_budget']}")
+        print(
+            f"over budget: {row['name']} {row['target']} {row['dtype']}: {row['over_budget']}",
+            file=sys.stderr if options.json else sys.stdout,
+        )
     return 1 if failed else 0
 
 

@@ -102,7 +102,7 @@ def lstm_forward(
     )
     if plan.level == 1:
         h_n = sequence.forward(
-            *arguments, block=plan.block, warps=plan.warps, precision=_precision()
+            *arguments, block=plan.block, precision=_precision(), options=plan.options()
         )
     else:
         step.forward(
@@ -110,9 +110,8 @@ def lstm_forward(
             persistent=plan.level == 3,
             block=plan.block,
             slices=plan.slices,
-            warps=plan.warps,
-            stages=plan.stages,
             precision=_precision(),
+            options=plan.options(),
         )
         h_n = h0.clone(memory_format=torch.contiguous_format)
         for d in range(D):
@@ -217,16 +216,17 @@ def lstm_backward(
         ),
     )
     if plan.level == 1:
-        sequence.backward(*arguments, block=plan.block, warps=plan.warps, precision=_precision())
+        sequence.backward(
+            *arguments, block=plan.block, precision=_precision(), options=plan.options()
+        )
     else:
         step_backward.backward(
             *arguments,
             persistent=plan.level == 3,
             block=plan.block,
             slices=plan.slices,
-            warps=plan.warps,
-            stages=plan.stages,
             precision=_precision(),
+            options=plan.options(),
         )
         for d in range(D):  # the first rows of a direction are the last ones of the other
             first = _last_rows(N, B, batch_sizes, not (d or reverse))

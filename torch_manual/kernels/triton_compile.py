@@ -121,7 +121,12 @@ def variants(chip: Chip) -> list[Variant]:
 
 
 def compile_variant(variant: Variant) -> dict[str, Any]:
-    """Compile in this process; return registers, spills, shared memory and instruction counts."""
+    """Compile in this process; return registers, spills, shared memory and instruction counts.
+
+    `spill_bytes`: on NVIDIA what the instructions that spill store and load, as `ptxas -v` counts
+    it, but from the machine code; a stack frame that nothing uses is no spill. On AMD the scratch
+    memory of a thread.
+    """
     compiled = _compile(variant)
     weigh = _weigh_nvidia if variant.target.startswith("sm_") else _weigh_amd
     return weigh(compiled) | {"shared_bytes": compiled.metadata.shared}
@@ -174,7 +179,7 @@ def _compile(variant: Variant) -> Any:
     signature = {n: "constexpr" if n in constants else _type(n, variant) for n in names}
     sizes = [n for n in names if n == "H" or n.startswith("stride")] if variant.aligned else []
     divisible = [n for n in names if signature[n].startswith("*")] + sizes
-    options = {"num_warps": variant.plan.warps, "num_stages": variant.plan.stages}
+    options = variant.plan.options()
     if variant.plan.level == 3:
         options["launch_cooperative_grid"] = True
     source = ASTSource(
@@ -211,13 +216,18 @@ def _weigh_nvidia(compiled: Any) -> dict[str, Any]:
             ).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     found = collections.Counter(re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code))
     return {
-        "registers": numbers["REG"],
-        "spill_bytes": numbers["STACK"],
+        "registers": int(re.findall(r"\bREG:(\d+)", usage)[0]),
+        "spill_bytes": spilled(code),
         **{name: found[name] for name in INSTRUCTIONS},
     }
+
+
+def spilled(code: str) -> int:
+    """Bytes stored to and loaded from a thread's local memory, by the instructions in SASS."""
+    widths = re.findall(r"\b(?:STL|LDL)\b(?:\.(?!64|128)\w+)*(?:\.(64|128))?", code)
+    return sum(int(bits or 32) // 8 for bits in widths)
 
 
 def _weigh_amd(compiled: Any) -> dict[str, Any]:

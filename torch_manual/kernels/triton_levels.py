@@ -50,6 +50,12 @@ class Plan(NamedTuple):
     slices: int = 1
     warps: int = 4
     stages: int = 1
+    maxnreg: int = 0  # registers a thread may have; 0 leaves it to the compiler
+
+    def options(self) -> dict[str, int]:
+        """Triton's compiler options."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | {"maxnreg": self.maxnreg} if self.maxnreg else options
 
 
 class Shape(NamedTuple):
@@ -88,16 +94,26 @@ def choose(shape: Shape, chip: Chip) -> Plan:
 
 
 def plan_at(level: int, shape: Shape, chip: Chip) -> Plan:
-    """Return the plan of one level, whether or not it is the best one."""
+    """Return the plan of one level, whether or not it is the best one.
+
+    Left alone, ptxas may stop far below 255 registers and spill the few values that remain; with
+    a maxnreg of 255 it takes the registers instead.
+    """
+    plan = _plan_at(level, shape, chip)
+    return plan._replace(maxnreg=255) if level and chip.nvidia else plan
+
+
+def _plan_at(level: int, shape: Shape, chip: Chip) -> Plan:
     width = max(16, 1 << (shape.H - 1).bit_length())
+    exact = shape.dtype == torch.float32 and shape.precision == "ieee"
     if level == 1:
-        return Plan(1, (16, width), warps=8 if width >= 64 and chip.nvidia else 4)
+        rows = 8 if exact and width >= 64 and chip.nvidia and not shape.backward else 16  # 16 spill
+        return Plan(1, (rows, width), warps=8 if width >= 64 and chip.nvidia else 4)
     if level == 2:
         if not chip.nvidia:
             return Plan(2, (16, 16, 128), slices=4, warps=4)
-        if shape.dtype == torch.float32 and shape.precision == "ieee":
-            return Plan(2, (16, 16, 256), slices=8, warps=8, stages=2)
-        return Plan(2, (16, 16, 128), slices=8, warps=8, stages=3)
+        stages = 2 if shape.dtype == torch.float32 else 3  # a third one spills in tf32
+        return Plan(2, (16, 16, 256 if exact else 128), slices=8, warps=8, stages=stages)
     if level == 3:
         slices = 8 if width >= 512 else 4
         narrow = Plan(3, (16, 8, width), slices, warps=slices)

@@ -195,8 +195,8 @@ def forward(
     reverse: bool,
     *,
     block: tuple[int, int],
-    warps: int,
     precision: str,
+    options: dict[str, int],
 ) -> Tensor:
     """Write y, gates and cells; c becomes c_n; return h_n. Shapes as the kernel's."""
     (D, B, H), N, T = h0.shape, len(y), len(starts) - 3
@@ -224,8 +224,7 @@ def forward(
         PRECISION=precision,
         BLOCK_B=block_b,
         BLOCK_H=block_h,
-        num_warps=warps,
-        num_stages=1,
+        **options,
     )
     return h_n
 
@@ -245,8 +244,8 @@ def backward(
     reverse: bool,
     *,
     block: tuple[int, int],
-    warps: int,
     precision: str,
+    options: dict[str, int],
 ) -> None:
     """Write dpre; dh and dc become dh0 and dc0. Shapes as the kernel's."""
     (D, B, H), N, T = dc.shape, len(dy), len(starts) - 3
@@ -274,6 +273,5 @@ def backward(
         PRECISION=precision,
         BLOCK_B=block_b,
         BLOCK_H=block_h,
-        num_warps=warps,
-        num_stages=1,
+        **options,
     )

@@ -199,9 +199,8 @@ def forward(
     persistent: bool,
     block: tuple[int, int, int],
     slices: int,
-    warps: int,
-    stages: int,
     precision: str,
+    options: dict[str, int],
 ) -> None:
     """Write y, gates and cells; c becomes c_n. Shapes as the kernel's."""
     (D, B, H), N, T = h0.shape, len(y), len(starts) - 3
@@ -225,9 +224,8 @@ def forward(
             BLOCK_B=block_b,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            num_warps=warps,
-            num_stages=stages,
             launch_cooperative_grid=persistent,
+            **options,
         )
 
     def steps() -> None:
@@ -237,5 +235,8 @@ def forward(
     if persistent:
         launch(0, T)
     else:
-        key = (grid, block, precision, T, B, N, H, reverse, gates is None)
+        key = (
+            *(grid, block, slices, *options.values(), precision),
+            *(T, B, N, H, reverse, gates is None),
+        )
         replay(steps, tensors, key)

@@ -216,9 +216,8 @@ def backward(
     persistent: bool,
     block: tuple[int, int, int],
     slices: int,
-    warps: int,
-    stages: int,
     precision: str,
+    options: dict[str, int],
 ) -> None:
     """Write dpre; dc becomes dc0. Shapes as the kernel's."""
     (D, B, H), N, T = c0.shape, len(dy), len(starts) - 3
@@ -243,9 +242,8 @@ def backward(
             BLOCK_B=block_b,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            num_warps=warps,
-            num_stages=stages,
             launch_cooperative_grid=persistent,
+            **options,
         )
 
     def steps() -> None:
@@ -255,5 +253,8 @@ def backward(
     if persistent:
         launch(0, T)
     else:
-        key = (grid, block, precision, T, B, N, H, dy.stride(0), reverse, dcells is None)
+        key = (
+            *(grid, block, slices, *options.values(), precision),
+            *(T, B, N, H, dy.stride(0), reverse, dcells is None),
+        )
         replay(steps, tensors, key)

@@ -302,6 +302,11 @@ torch.library.impl("torch_manual::lstm_forward", "cuda", _forward_cuda)
 torch.library.impl("torch_manual::lstm_backward", "cuda", _backward_cuda)
 
 
+def _is_plain(t: Tensor) -> bool:
+    """Whether `t` is a tensor in memory; those of `is_grads_batched=True` are not."""
+    return type(t) in PLAIN and t.is_cpu and not torch._C._functorch.is_legacy_batchedtensor(t)
+
+
 def dispatched(*tensors: Tensor | None) -> bool:
     """Whether PyTorch's dispatcher must see a call with these tensors.
 
@@ -313,7 +318,7 @@ def dispatched(*tensors: Tensor | None) -> bool:
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or not all(t is None or (type(t) in PLAIN and t.is_cpu) for t in tensors)
+        or not all(t is None or _is_plain(t) for t in tensors)
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_manual.kernels import cpu, cpu_sums
 from torch_manual.kernels.lstm import dispatched
@@ -24,6 +25,8 @@ def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Ten
         dpre: (N, 4H) of each direction.
         weights_ih: (4H, I) of each direction.
     """
+    if is_legacy_batchedtensor(dpre[0]):  # of is_grads_batched=True, which has no rule for lists
+        return _input_sums(dpre, weights_ih)
     if dispatched(*dpre, *weights_ih):
         return torch.ops.torch_manual.lstm_input_sums.default(dpre, weights_ih)
     return _input_sums_cpu(dpre, weights_ih)
@@ -48,7 +51,7 @@ def lstm_weight_sums(
 def _input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:
     dx = dpre[0] @ weights_ih[0]  # B10
     for d in range(1, len(dpre)):
-        dx += dpre[d] @ weights_ih[d]
+        dx = dx + dpre[d] @ weights_ih[d]
     return dx
 
 

@@ -25,7 +25,8 @@ def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Ten
         dpre: (N, 4H) of each direction.
         weights_ih: (4H, I) of each direction.
     """
-    if is_legacy_batchedtensor(dpre[0]):  # of is_grads_batched=True, which has no rule for lists
+    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(dpre[0]):
+        # is_grads_batched=True, whose vmap has no rule for lists
         return _input_sums(dpre, weights_ih)
     if dispatched(*dpre, *weights_ih):
         return torch.ops.torch_manual.lstm_input_sums.default(dpre, weights_ih)

@@ -10,7 +10,7 @@ P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch_manual.functions.lstm_second_order import (
     fold,
     vmap_by_loop,
 )
-from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward, lstm_step
 
 __all__ = ["LSTMWeights", "lstm_cell", "lstm_layer"]
 
@@ -102,8 +102,12 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
     Returns:
         h_t and c_t, (B, H) each.
     """
-    h, _, c_n = lstm_layer(x, hx[0].unsqueeze(0), hx[1].unsqueeze(0), [weights])
-    return h, c_n.squeeze(0)
+    h, c = hx
+    if torch._C._is_any_autocast_enabled() or _needs_graph(x, h, c, *weights):
+        h, _, c_n = lstm_layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights])
+        return h, c_n.squeeze(0)
+    _check(x, h, c, [weights])
+    return lstm_step(x, h, c, weights)
 
 
 class LSTMFunction(torch.autograd.Function):
@@ -192,35 +196,36 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
 
 
 def _check(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:
-    I, P, H = x.shape[-1], h0.shape[-1], c0.shape[-1]
+    I, P, H, dtype, device = x.shape[-1], h0.shape[-1], c0.shape[-1], x.dtype, x.device
     for state in (h0, c0):
-        _check_same(x, state, "hidden")
+        if state.dtype is not dtype or state.device != device:
+            _refuse(x, state, "hidden")
     for w in weights:
         full = w.weight_ci is not None and w.weight_ci.dim() == 2
         peephole = (H, H) if full else (H,)
         shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H), peephole, peephole, peephole
-        for k, (t, shape) in enumerate(zip(w, shapes, strict=True)):
+        for k, t in enumerate(w):
             if t is None:
                 continue
-            if t.shape != shape:
+            if t.shape != (shape := shapes[k]):
                 symbols = ("(4H, I)", "(4H, P)", "(4H,)", "(4H,)", "(P, H)", "(H, H)", "(H,)")
                 symbol = symbols[k if k < 5 else 5 if full else 6]
                 raise ValueError(
                     f"lstm: {w._fields[k]} must be {symbol} = {shape}, got {tuple(t.shape)}"
                 )
-            _check_same(x, t, "parameter")
+            if t.dtype is not dtype or t.device != device:
+                _refuse(x, t, "parameter")
         if w.weight_hr is None and P != H:
             raise ValueError(f"lstm: without weight_hr, h0 must be as wide as c0, {H}, got {P}")
 
 
-def _check_same(x: Tensor, other: Tensor, kind: str) -> None:
+def _refuse(x: Tensor, other: Tensor, kind: str) -> NoReturn:
     if other.device != x.device:
         raise RuntimeError(
             f"Input and {kind} tensors are not at the same device, "
             f"found input tensor at {x.device} and {kind} tensor at {other.device}"
         )
-    if other.dtype != x.dtype:
-        raise RuntimeError(
-            f"Input and {kind} tensors are not the same dtype, "
-            f"found input tensor with {x.dtype} and {kind} tensor with {other.dtype}"
-        )
+    raise RuntimeError(
+        f"Input and {kind} tensors are not the same dtype, "
+        f"found input tensor with {x.dtype} and {kind} tensor with {other.dtype}"
+    )

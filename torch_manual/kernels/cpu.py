@@ -37,7 +37,7 @@ _FUNCTIONS = (
     "lstm_input_sums",
     "lstm_weight_sums",
 )
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
 _WORTH_A_THREAD = 1_000_000  # multiplications
@@ -102,7 +102,7 @@ def serves(dtype: torch.dtype) -> bool:
     requested = backend.requested()
     if requested not in ("auto", "cpu"):
         return False
-    has_code = dtype in (torch.float32, torch.float64, *_HALF)
+    has_code = dtype in (torch.float32, torch.float64, *HALF)
     if requested == "cpu" and not has_code:
         raise RuntimeError(f"use_backend: the 'cpu' kernel has no code for {dtype}")
     return has_code and (_status or status()) == "available"
@@ -213,7 +213,7 @@ def lstm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`torch_manual::lstm_forward` on CPU tensors."""
     dtype = x.dtype
-    if dtype in _HALF:
+    if dtype in HALF:
         single = [None if w is None else w.float() for w in weights]
         results = lstm_forward(
             x.float(), h0.float(), c0.float(), batch_sizes, single, save, reverse
@@ -229,21 +229,49 @@ def lstm_forward(
         return y, h_n.copy_(h0), c_n.copy_(c0), gates, cells
     weights, pointers, full = in_c_order(weights)
     work = N * 4 * H * (I + P)
-    unpacked = _override.unpacked
-    if unpacked is None:
-        unpacked = N <= 12 or (T == 1 and max(16, H // 8) >= B)
     call(
         "lstm_forward",
         dtype,
         _forward_arguments(
             *(T, B, I, H, P, D, full, reverse, *grid(T, B, work, H, D), lengths),
-            unpacked,
+            _unpacked(T, N, H),
             *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), gates.data_ptr(), cells.data_ptr()),
             *pointers,
         ),
     )
     return y, h_n, c_n, gates, cells
+
+
+def lstm_step(
+    x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """`lstm_forward` of one step and direction, nothing saved: x (B, I), h (B, P), c (B, H)."""
+    x, h, c = x.contiguous(), h.contiguous(), c.contiguous()
+    (B, I), P, H = x.shape, h.shape[1], c.shape[1]
+    h_n, c_n = torch.empty_like(h), torch.empty_like(c)
+    if B == 0:
+        return h_n, c_n
+    weights, pointers, full = in_c_order(weights)
+    y = h_n.data_ptr()
+    call(
+        "lstm_forward",
+        x.dtype,
+        _forward_arguments(
+            *(1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0),
+            _unpacked(1, B, H),
+            *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), 0, 0),
+            *pointers,
+        ),
+    )
+    return h_n, c_n
+
+
+def _unpacked(T: int, N: int, H: int) -> bool:
+    """Whether packing the weights would not pay for so few rows."""
+    if _override.unpacked is not None:
+        return _override.unpacked
+    return N <= 12 or (T == 1 and max(16, H // 8) >= N)
 
 
 def lstm_backward(
@@ -260,7 +288,7 @@ def lstm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`torch_manual::lstm_backward` on CPU tensors."""
     dtype = gates.dtype
-    if dtype in _HALF:
+    if dtype in HALF:
         single = [
             None if t is None else t.float()
             for t in (dy, dh_n, dc_n, dcells, c0, gates, cells, *weights)
@@ -343,8 +371,14 @@ def in_c_order(
     weights: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], tuple[int, ...], bool]:
     """The weights in C order, their addresses (of two directions), and if peepholes are full."""
-    if not all(w is None or w.is_contiguous() for w in weights):
-        weights = [None if w is None else w.contiguous() for w in weights]
+    for w in weights:
+        if w is not None and not w.is_contiguous():
+            weights = [None if w is None else w.contiguous() for w in weights]
+            break
     pointers = tuple([0 if w is None else w.data_ptr() for w in weights])
-    full = any(w is not None and w.dim() == 2 for w in weights[5:_WEIGHTS])
+    full = pointers[5:_WEIGHTS] != _NONE[5:] and _is_full(weights[5:_WEIGHTS])
     return weights, pointers if len(pointers) > _WEIGHTS else pointers + _NONE, full
+
+
+def _is_full(peepholes: Sequence[Tensor | None]) -> bool:
+    return any(w is not None and w.dim() == 2 for w in peepholes)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_manual.kernels import backend, cpu
 from torch_manual.kernels.rows import previous, steps
@@ -302,24 +303,23 @@ torch.library.impl("torch_manual::lstm_forward", "cuda", _forward_cuda)
 torch.library.impl("torch_manual::lstm_backward", "cuda", _backward_cuda)
 
 
-def _is_plain(t: Tensor) -> bool:
-    """Whether `t` is a tensor in memory; those of `is_grads_batched=True` are not."""
-    return type(t) in PLAIN and t.is_cpu and not torch._C._functorch.is_legacy_batchedtensor(t)
-
-
 def dispatched(*tensors: Tensor | None) -> bool:
     """Whether PyTorch's dispatcher must see a call with these tensors.
 
     A step takes the kernel a few microseconds and the dispatcher as long again, so that CPU tensors
     go without it when nobody listens: no tracer, no mode, no transform, no subclass.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or not all(t is None or _is_plain(t) for t in tensors)
-    )
+    ):
+        return True
+    for t in tensors:
+        if t is not None and (type(t) not in PLAIN or not t.is_cpu or is_legacy_batchedtensor(t)):
+            return True
+    return False
 
 
 def lstm_forward(x: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -327,6 +327,19 @@ def lstm_forward(x: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor,
     if dispatched(x, h0, c0, *rest[1]):
         return torch.ops.torch_manual.lstm_forward.default(x, h0, c0, *rest)
     return _forward_cpu(x, h0, c0, *rest)
+
+
+def lstm_step(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights) -> tuple[Tensor, Tensor]:
+    """One step without a graph: x (B, I), h (B, P) and c (B, H) to the next h and c."""
+    if (
+        dispatched(x, h, c, *weights)
+        or backend.triton_serves(x)
+        or not cpu.serves(x.dtype)
+        or x.dtype in cpu.HALF
+    ):
+        y, _, c_n, _, _ = lstm_forward(x, h.unsqueeze(0), c.unsqueeze(0), None, weights, False)
+        return y, c_n.squeeze(0)
+    return cpu.lstm_step(x, h, c, weights)
 
 
 def lstm_backward(*args: Any) -> tuple[Tensor, ...]:

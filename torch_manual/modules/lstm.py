@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_manual.functions.lstm import LSTMWeights, lstm_cell, lstm_layer
 
+CELL_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 PEEPHOLES = ("weight_ci", "weight_cf", "weight_co")
 
 
@@ -198,7 +200,7 @@ class LSTM(nn.RNNBase):
         """The parameters as they are now, in the order of LSTMWeights."""
         weights = []
         for names in self._all_weights[directions]:
-            tensors = [getattr(self, name) for name in names]
+            tensors = _parameters(self, names)
             if not self.bias:
                 tensors[2:2] = None, None
             if not self.proj_size:
@@ -284,6 +286,9 @@ class LSTMCell(nn.RNNCellBase):
 
     def _check(self, x: Tensor, h: Tensor, c: Tensor) -> None:
         """Refuse what `nn.LSTMCell` refuses, in its words."""
+        B, I = x.shape
+        if I == self.input_size and h.shape == c.shape == (B, self.hidden_size):
+            return
         if x.shape[1] != self.input_size:
             raise RuntimeError(
                 f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}"
@@ -301,7 +306,7 @@ class LSTMCell(nn.RNNCellBase):
                 )
 
     def _weights(self) -> LSTMWeights:
-        return LSTMWeights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return LSTMWeights(*_parameters(self, CELL_PARAMETERS))
 
 
 class PeepholeLSTMCell(LSTMCell):
@@ -334,6 +339,12 @@ class PeepholeLSTMCell(LSTMCell):
             ._weights()
             ._replace(weight_ci=self.weight_ci, weight_cf=self.weight_cf, weight_co=self.weight_co)
         )
+
+
+def _parameters(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    """The parameters as they are now; one that is parametrized or pruned is an attribute."""
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
 
 
 def _peephole_dims(peephole: str) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
+from torch_manual.functions._signature import keep_signature
 from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
 from torch_manual.functions.lstm_recompute import LSTMRecomputeFunction
 from torch_manual.functions.lstm_second_order import (
@@ -114,6 +115,7 @@ class LSTMFunction(torch.autograd.Function):
     """(x, h0, c0, weights) → (y, h_n, c_n, cells, gates)."""
 
     @staticmethod
+    @keep_signature
     def forward(
         x: Tensor,
         h0: Tensor,

@@ -84,7 +84,9 @@ def lstm_gradients(
             factors = factors_of(need, p, d)
             total = NOTHING
             for rows in parts if d else reversed(parts):
-                part = Factors(*(None if t is None else apart(_rows(t, rows)) for t in factors))
+                part = factors
+                if rows is not None or samples is not None:
+                    part = Factors(*(None if t is None else apart(_rows(t, rows)) for t in factors))
                 dh_d = apart(_rows(dh[d], rows)) if need.weight_hr else dh[d]
                 sums = sums_of(need, apart(_rows(dpre[d], rows)), dh_d, part, p, d)
                 total = add_each(total, sums)
@@ -177,11 +179,11 @@ def _rows(t: Tensor, rows: slice | None) -> Tensor:
 
 def dx_of(dpre: Tensor, weights: Tensors) -> Any:
     """B10; dpre is (D, N, 4H), or of each sample (D, samples, rows, 4H)."""
-    known = [d for d, w in enumerate(by_direction(weights)) if w.weight_ih is not None]
-    if not known:
+    each = [w.weight_ih for w in by_direction(weights)]
+    rows = [dpre[d] for d, w in enumerate(each) if w is not None]
+    weights_ih = [w for w in each if w is not None]
+    if not rows:
         return None
-    rows = [dpre[d] for d in known]
-    weights_ih = [by_direction(weights)[d].weight_ih for d in known]
     if dpre.dim() == 3:
         return lstm_input_sums(rows, weights_ih)
     return sum(r @ w for r, w in zip(rows, weights_ih, strict=True))
@@ -239,21 +241,26 @@ def sums_of(
 ) -> LSTMWeights:
     """The sums over all rows, as matrix products; None where not needed or zero."""
     x, h_prev, m, c_prev, c = factors
-    w = by_direction(p.weights)[d]
     x = x if need.weight_ih else None
     bias = bool(need.bias_ih or need.bias_hh)
     dweight_ih, dweight_hh, db = _weight_sums(dpre, x, h_prev, bias)
     dweight_hr = dh.mT @ m if m is not None else None  # B14
-    dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
+    peepholes: Tensors = (None, None, None)
+    if need.weight_ci or need.weight_cf or need.weight_co:
+        dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
+        w = by_direction(p.weights)[d]
+        peepholes = (
+            _peephole_sum(dpre_i, c_prev, w.weight_ci) if need.weight_ci else None,  # B15
+            _peephole_sum(dpre_f, c_prev, w.weight_cf) if need.weight_cf else None,
+            _peephole_sum(dpre_o, c, w.weight_co) if need.weight_co else None,
+        )
     return LSTMWeights(
         dweight_ih if x is not None else None,  # type: ignore[arg-type]
         dweight_hh if h_prev is not None else None,  # type: ignore[arg-type]
         db if need.bias_ih else None,
         (db.clone() if need.bias_ih else db) if need.bias_hh else None,
         dweight_hr,
-        _peephole_sum(dpre_i, c_prev, w.weight_ci) if need.weight_ci else None,  # B15
-        _peephole_sum(dpre_f, c_prev, w.weight_cf) if need.weight_cf else None,
-        _peephole_sum(dpre_o, c, w.weight_co) if need.weight_co else None,
+        *peepholes,
     )
 
 

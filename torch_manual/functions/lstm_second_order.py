@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_manual.functions._signature import keep_signature
 from torch_manual.functions.lstm_gradients import (
     Primal,
     Tensors,
@@ -21,6 +22,7 @@ class LSTMGradientFunction(torch.autograd.Function):
     """Jᵀ d: (needs, dy, dh_n, dc_n, dcells, *primal) → (dx, dh0, dc0, dpre, dh, *dweights)."""
 
     @staticmethod
+    @keep_signature
     def forward(needs: Sequence[bool], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return lstm_gradients(needs, tensors[:4], Primal.of(tensors[4:]))
 
@@ -83,6 +85,7 @@ class LSTMTangentFunction(torch.autograd.Function):
     """J u: (*u, *primal) → tangents of (y, h_n, c_n, cells, gates)."""
 
     @staticmethod
+    @keep_signature
     def forward(*tensors: Tensor | None) -> tuple[Tensor, ...]:
         u, primal = _halves(tensors)
         return lstm_tangents(u, Primal.of(primal))
@@ -123,6 +126,7 @@ class LSTMSecondFunction(torch.autograd.Function):
     """R{Jᵀ d} along u, the end of the line: its own derivative would be of third order."""
 
     @staticmethod
+    @keep_signature
     def forward(needs: Sequence[bool], *tensors: Any) -> tuple[Tensor | None, ...]:
         dpre, dh, ty, tgates, tcells, *rest = tensors
         outer, touter, (u, primal) = rest[:4], rest[4:8], _halves(rest[8:])

@@ -62,6 +62,8 @@ def previous(
     """
     batch = initial.shape[0]
     if batch_sizes is None:
+        if len(rows) == batch:
+            return initial
         return torch.cat(
             [rows[batch:], initial] if reverse else [initial, rows[: len(rows) - batch]]
         )

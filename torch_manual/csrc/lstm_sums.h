@@ -19,12 +19,13 @@ struct InputSumsArguments {
 template <typename real>
 struct WeightSumsArguments {
     int64_t N, I, P, M, threads;  // M = 4H
-    const real* dpre;             // (N, M)
-    const real* x;                // (N, I), or null
-    const real* h_prev;           // (N, P), or null
-    real* dweight_ih;             // (M, I), or null
-    real* dweight_hh;             // (M, P), or null
-    real* dbias;                  // (M,), or null
+    int64_t samples;              // S: each has N rows and sums of its own
+    const real* dpre;             // (N, S, M)
+    const real* x;                // (N, S, I), or null
+    const real* h_prev;           // (N, S, P), or null
+    real* dweight_ih;             // (S, M, I), or null
+    real* dweight_hh;             // (S, M, P), or null
+    real* dbias;                  // (S, M), or null
 };
 
 template <typename real>
@@ -122,20 +123,30 @@ struct WeightSums {
         const auto& a = *args;
         const Range mine = share(tiles(), thread, threads);
         real* columns = packed_columns + thread * depth * V * L;
-        for (int64_t n = 0; n < a.N; n += depth) {
-            const int64_t K = least(depth, a.N - n);
-            pack(mine, n, K);
-            if (a.dweight_ih) add_columns(mine, columns, a.x, a.dweight_ih, a.I, n, K);      // B11
-            if (a.dweight_hh) add_columns(mine, columns, a.h_prev, a.dweight_hh, a.P, n, K);  // B12
-        }
+        for (int64_t s = 0; s < a.samples; s++)
+            for (int64_t n = 0; n < a.N; n += depth) {
+                const Terms terms = {s, n, least(depth, a.N - n)};
+                pack(mine, terms);
+                if (a.dweight_ih) add_columns(mine, columns, a.x, a.dweight_ih, a.I, terms);      // B11
+                if (a.dweight_hh) add_columns(mine, columns, a.h_prev, a.dweight_hh, a.P, terms);  // B12
+            }
     }
 
-    // Packs rows n to n + K of dpre: the R numbers of a tile for k = 0, then for k = 1, and so on.
-    void pack(Range mine, int64_t n, int64_t K) const {
+    // Rows `first` to `first + count` of a sample.
+    struct Terms {
+        int64_t sample, first, count;
+    };
+
+    const real* row(const real* of, int64_t width, const Terms& terms, int64_t k) const {
+        return of + ((terms.first + k) * args->samples + terms.sample) * width;
+    }
+
+    // Packs dpre: the R numbers of a tile for k = 0, then for k = 1, and so on.
+    void pack(Range mine, const Terms& terms) const {
         const auto& a = *args;
         const int64_t begin = mine.begin * R, end = least(mine.end * R, a.M);
-        for (int64_t k = 0; k < K; k++) {
-            const real* from = a.dpre + (n + k) * a.M;
+        for (int64_t k = 0; k < terms.count; k++) {
+            const real* from = row(a.dpre, a.M, terms, k);
             int64_t m = begin;
             for (; m + R <= end; m += R)
                 memcpy(packed_dpre + m / R * tile_size + k * R, from + m, R * sizeof(real));
@@ -143,32 +154,38 @@ struct WeightSums {
                 packed_dpre[m / R * tile_size + k * R + r] = m + r < end ? from[m + r] : 0;
         }
         if (!a.dbias) return;
+        real* dbias = a.dbias + terms.sample * a.M;
         for (int64_t m = begin; m < end; m += L) {
-            vec sum = {};
-            for (int64_t k = 0; k < K; k++) sum += load(a.dpre + (n + k) * a.M + m, end - m);
-            if (n > 0) sum += load(a.dbias + m, end - m);
-            store(a.dbias + m, sum, end - m);  // B13
+            vec sum[8] = {};
+            for (int64_t k = 0; k < terms.count; k += 8)
+#pragma GCC unroll 8
+                for (int j = 0; j < 8; j++)
+                    if (k + j < terms.count) sum[j] += load(row(a.dpre, a.M, terms, k + j) + m, end - m);
+            vec total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+            if (terms.first > 0) total += load(dbias + m, end - m);
+            store(dbias + m, total, end - m);  // B13
         }
     }
 
-    // Adds dpreᵀ `from` over rows n to n + K to `to`, or for n = 0 sets it.
+    // Adds dpreᵀ `from` over the terms to `to`, or for the first terms sets it.
     void add_columns(Range mine, real* columns, const real* from, real* to, int64_t width,
-                     int64_t n, int64_t K) const {
+                     const Terms& terms) const {
+        to += terms.sample * args->M * width;
         for (int64_t first = 0; first < width; first += V * L) {
             const int64_t vectors = least(V, (width - first + L - 1) / L);
-            for (int64_t k = 0; k < K; k++)
+            for (int64_t k = 0; k < terms.count; k++)
                 for (int64_t v = 0; v < vectors; v++) {
                     const int64_t column = first + v * L;
                     store(columns + (k * vectors + v) * L,
-                          load(from + (n + k) * width + column, width - column));
+                          load(row(from, width, terms, k) + column, width - column));
                 }
             for (int64_t t = mine.begin; t < mine.end; t++) {
                 real* at = to + t * R * width + first;
                 switch (vectors) {
-                    case 1: add_tile<1>(t, columns, at, width, width - first, n, K); break;
-                    case 2: add_tile<2>(t, columns, at, width, width - first, n, K); break;
-                    case 3: add_tile<3>(t, columns, at, width, width - first, n, K); break;
-                    default: add_tile<V>(t, columns, at, width, width - first, n, K);
+                    case 1: add_tile<1>(t, columns, at, width, width - first, terms); break;
+                    case 2: add_tile<2>(t, columns, at, width, width - first, terms); break;
+                    case 3: add_tile<3>(t, columns, at, width, width - first, terms); break;
+                    default: add_tile<V>(t, columns, at, width, width - first, terms);
                 }
             }
         }
@@ -176,13 +193,13 @@ struct WeightSums {
 
     template <int VECS>
     __attribute__((noinline)) void add_tile(int64_t t, const real* columns, real* to, int64_t width,
-                                            int64_t left, int64_t n, int64_t K) const {
+                                            int64_t left, const Terms& terms) const {
         const real* dpre = packed_dpre + t * tile_size;
         const int64_t rows = least(R, args->M - t * R);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t v = 0; v < VECS; v++) __builtin_prefetch(to + r * width + v * L, 1);
         vec sum[R][VECS] = {};
-        for (int64_t k = 0; k < K; k++)
+        for (int64_t k = 0; k < terms.count; k++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -194,7 +211,8 @@ struct WeightSums {
             for (int v = 0; v < VECS; v++) {
                 if (r >= rows) continue;
                 real* at = to + r * width + v * L;
-                store(at, n > 0 ? sum[r][v] + load(at, left - v * L) : sum[r][v], left - v * L);
+                const vec before = terms.first > 0 ? load(at, left - v * L) : vec{};
+                store(at, before + sum[r][v], left - v * L);
             }
     }
 };

@@ -11,7 +11,7 @@ so is, with the roles exchanged, the backward of J u.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward
-from torch_manual.kernels.lstm_sums import lstm_input_sums, lstm_weight_sums
+from torch_manual.kernels.lstm_sums import apart, lstm_input_sums, lstm_weight_sums
 from torch_manual.kernels.lstm_tangent import lstm_backward_tangent, lstm_tangent
 from torch_manual.kernels.rows import Run, previous, runs
 
@@ -71,24 +71,23 @@ def lstm_gradients(
     """
     with autocast_off(p.gates):
         dpre, dh, dh0, dc0 = lstm_backward(*outer, p.c0, p.batch_sizes, p.weights, p.gates, p.cells)
-        apart = _apart(samples)
         parts: list[slice | None] = [None]
         if samples is None and not torch.compiler.is_compiling():
             found = blocks(p.x.shape[0], p.h0.shape[1], p.batch_sizes)
             parts = [block.rows for block in found] if len(found) > 1 else parts
         dx = None
         if needs[0]:
-            dx = _joined([dx_of(apart(_rows(dpre, rows)), p.weights) for rows in parts])
+            dx = apart(_joined([dx_of(_rows(dpre, rows), p.weights) for rows in parts]), samples)
         dweights: list[Tensor | None] = []
         for d, need in enumerate(by_direction(needs[3:])):
             factors = factors_of(need, p, d)
             total = NOTHING
             for rows in parts if d else reversed(parts):
                 part = factors
-                if rows is not None or samples is not None:
-                    part = Factors(*(None if t is None else apart(_rows(t, rows)) for t in factors))
-                dh_d = apart(_rows(dh[d], rows)) if need.weight_hr else dh[d]
-                sums = sums_of(need, apart(_rows(dpre[d], rows)), dh_d, part, p, d)
+                if rows is not None:
+                    part = Factors(*(None if t is None else _rows(t, rows) for t in factors))
+                dh_d = _rows(dh[d], rows) if need.weight_hr else dh[d]
+                sums = sums_of(need, _rows(dpre[d], rows), dh_d, part, p, d, samples)
                 total = add_each(total, sums)
             dweights += total
         return (
@@ -178,15 +177,11 @@ def _rows(t: Tensor, rows: slice | None) -> Tensor:
 
 
 def dx_of(dpre: Tensor, weights: Tensors) -> Any:
-    """B10; dpre is (D, N, 4H), or of each sample (D, samples, rows, 4H)."""
+    """B10; dpre is (D, N, 4H)."""
     each = [w.weight_ih for w in by_direction(weights)]
     rows = [dpre[d] for d, w in enumerate(each) if w is not None]
     weights_ih = [w for w in each if w is not None]
-    if not rows:
-        return None
-    if dpre.dim() == 3:
-        return lstm_input_sums(rows, weights_ih)
-    return sum(r @ w for r, w in zip(rows, weights_ih, strict=True))
+    return lstm_input_sums(rows, weights_ih) if rows else None
 
 
 def factors_of(need: LSTMWeights, p: Primal, d: int, reverse: bool = False) -> Factors:
@@ -237,17 +232,24 @@ def _direction(y: Tensor, h0: Tensor, d: int) -> Tensor:
 
 
 def sums_of(
-    need: LSTMWeights, dpre: Tensor, dh: Tensor, factors: Factors, p: Primal, d: int
+    need: LSTMWeights,
+    dpre: Tensor,
+    dh: Tensor,
+    factors: Factors,
+    p: Primal,
+    d: int,
+    samples: int | None = None,
 ) -> LSTMWeights:
-    """The sums over all rows, as matrix products; None where not needed or zero."""
+    """The sums over all rows, or all of each sample; None where not needed or zero."""
     x, h_prev, m, c_prev, c = factors
     x = x if need.weight_ih else None
     bias = bool(need.bias_ih or need.bias_hh)
-    dweight_ih, dweight_hh, db = _weight_sums(dpre, x, h_prev, bias)
-    dweight_hr = dh.mT @ m if m is not None else None  # B14
+    dweight_ih, dweight_hh, db = lstm_weight_sums(dpre, x, h_prev, bias, samples)
+    dweight_hr = apart(dh, samples).mT @ apart(m, samples) if m is not None else None  # B14
     peepholes: Tensors = (None, None, None)
     if need.weight_ci or need.weight_cf or need.weight_co:
-        dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
+        dpre_i, dpre_f, _, dpre_o = apart(dpre, samples).chunk(4, -1)
+        c_prev, c = (None if t is None else apart(t, samples) for t in (c_prev, c))
         w = by_direction(p.weights)[d]
         peepholes = (
             _peephole_sum(dpre_i, c_prev, w.weight_ci) if need.weight_ci else None,  # B15
@@ -264,31 +266,10 @@ def sums_of(
     )
 
 
-def _weight_sums(
-    dpre: Tensor, x: Tensor | None, h_prev: Tensor | None, bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dW_ih, dW_hh and db; of each sample when `dpre` is (samples, rows, 4H)."""
-    if dpre.dim() == 2:
-        return lstm_weight_sums(dpre, x, h_prev, bias)
-    nothing = dpre.new_empty(0)
-    return (
-        nothing if x is None else dpre.mT @ x,
-        nothing if h_prev is None else dpre.mT @ h_prev,
-        dpre.sum(-2) if bias else nothing,
-    )
-
-
 def _peephole_sum(dpre: Tensor, c: Tensor | None, weight: Tensor | None) -> Tensor | None:
     if c is None or weight is None:
         return None
     return (dpre * c).sum(-2) if weight.dim() == 1 else dpre.mT @ c
-
-
-def _apart(samples: int | None) -> Callable[[Tensor], Tensor]:
-    """(…, row·sample, K) → (…, sample, row, K); the identity without samples."""
-    if samples is None:
-        return lambda t: t
-    return lambda t: t.unflatten(-2, (-1, samples)).transpose(-2, -3)
 
 
 def add_each(a: LSTMWeights, b: LSTMWeights) -> LSTMWeights:

@@ -16,7 +16,7 @@ from torch_manual.kernels import cpu
 
 DTYPES = (torch.float32, torch.float64)
 _input_sums_arguments = struct.Struct("10q").pack
-_weight_sums_arguments = struct.Struct("11q").pack
+_weight_sums_arguments = struct.Struct("12q").pack
 
 
 def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:
@@ -34,23 +34,29 @@ def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Ten
 
 
 def lstm_weight_sums(
-    dpre: Tensor, x: Tensor | None, h_prev: Tensor | None, bias: bool
+    dpre: Tensor,
+    x: Tensor | None,
+    h_prev: Tensor | None,
+    bias: bool,
+    samples: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dpre = dpre.contiguous()
-    N, M = dpre.shape
+    S = 1 if samples is None else samples
+    N, M = dpre.shape[0] // S if S else 0, dpre.shape[1]
+    apart = () if samples is None else (samples,)
     given, results, widths = [], [], []
     for t in (x, h_prev):
         given.append(None if t is None else t.contiguous())
         widths.append(0 if t is None else t.shape[1])
-        results.append(dpre.new_empty(0) if t is None else cpu.empty(dpre, M, t.shape[1]))
-    results.append(dpre.new_empty(M if bias else 0))
+        results.append(dpre.new_empty(0) if t is None else cpu.empty(dpre, *apart, M, t.shape[1]))
+    results.append(cpu.empty(dpre, *apart, M) if bias else dpre.new_empty(0))
     if N == 0:
         return tuple(t.zero_() for t in results)  # type: ignore[return-value]
     cpu.call(
         "lstm_weight_sums",
         dpre.dtype,
         _weight_sums_arguments(
-            *(N, *widths, M, cpu.threads(N * M * sum(widths)), dpre.data_ptr()),
+            *(N, *widths, M, cpu.threads(N * S * M * sum(widths)), S, dpre.data_ptr()),
             *(0 if t is None else t.data_ptr() for t in given),
             *(t.data_ptr() for t in results),
         ),

@@ -34,7 +34,11 @@ def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Ten
 
 
 def lstm_weight_sums(
-    dpre: Tensor, x: Tensor | None, h_prev: Tensor | None, bias: bool
+    dpre: Tensor,
+    x: Tensor | None,
+    h_prev: Tensor | None,
+    bias: bool,
+    samples: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dW_ih (4H, I), dW_hh (4H, P) and db (4H,) of one direction; empty if not asked for.
 
@@ -43,10 +47,17 @@ def lstm_weight_sums(
         x: (N, I), or None for no dW_ih.
         h_prev: (N, P), every step's h_{t-1}, or None for no dW_hh.
         bias: whether db is wanted.
+        samples: if given, rows hold this many samples side by side, (row, sample), and the results
+            have a leading dimension of samples.
     """
     if dispatched(dpre, x, h_prev):
-        return torch.ops.torch_manual.lstm_weight_sums.default(dpre, x, h_prev, bias)
-    return _weight_sums_cpu(dpre, x, h_prev, bias)
+        return torch.ops.torch_manual.lstm_weight_sums.default(dpre, x, h_prev, bias, samples)
+    return _weight_sums_cpu(dpre, x, h_prev, bias, samples)
+
+
+def apart(t: Tensor, samples: int | None) -> Tensor:
+    """(…, row·sample, K) → (…, sample, row, K); `t` itself without samples."""
+    return t if samples is None else t.unflatten(-2, (-1, samples)).transpose(-2, -3)
 
 
 def _input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:
@@ -57,12 +68,17 @@ def _input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:
 
 
 def _weight_sums(
-    dpre: Tensor, x: Tensor | None, h_prev: Tensor | None, bias: bool
+    dpre: Tensor,
+    x: Tensor | None,
+    h_prev: Tensor | None,
+    bias: bool,
+    samples: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dpre = apart(dpre, samples)
     return (
-        dpre.new_empty(0) if x is None else dpre.mT @ x,  # B11
-        dpre.new_empty(0) if h_prev is None else dpre.mT @ h_prev,  # B12
-        dpre.sum(0) if bias else dpre.new_empty(0),  # B13
+        dpre.new_empty(0) if x is None else dpre.mT @ apart(x, samples),  # B11
+        dpre.new_empty(0) if h_prev is None else dpre.mT @ apart(h_prev, samples),  # B12
+        dpre.sum(-2) if bias else dpre.new_empty(0),  # B13
     )
 
 
@@ -71,12 +87,16 @@ def _fake_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Te
 
 
 def _fake_weight_sums(
-    dpre: Tensor, x: Tensor | None, h_prev: Tensor | None, bias: bool
+    dpre: Tensor,
+    x: Tensor | None,
+    h_prev: Tensor | None,
+    bias: bool,
+    samples: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M = dpre.shape[1]
+    M = (dpre.shape[1],) if samples is None else (samples, dpre.shape[1])
     return (
-        dpre.new_empty(0 if x is None else (M, x.shape[1])),
-        dpre.new_empty(0 if h_prev is None else (M, h_prev.shape[1])),
+        dpre.new_empty(0 if x is None else (*M, x.shape[1])),
+        dpre.new_empty(0 if h_prev is None else (*M, h_prev.shape[1])),
         dpre.new_empty(M if bias else 0),
     )
 
@@ -86,7 +106,7 @@ def _input_sums_cpu(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Ten
     return (cpu_sums.lstm_input_sums if serves else _input_sums)(dpre, weights_ih)
 
 
-def _weight_sums_cpu(dpre: Tensor, *rest: Tensor | bool | None) -> tuple[Tensor, Tensor, Tensor]:
+def _weight_sums_cpu(dpre: Tensor, *rest: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor]:
     serves = dpre.dtype in cpu_sums.DTYPES and cpu.serves(dpre.dtype)
     return (cpu_sums.lstm_weight_sums if serves else _weight_sums)(dpre, *rest)  # type: ignore[arg-type]
 
@@ -101,7 +121,7 @@ for _name, _schema, _plain, _fake, _cpu in (
     ),
     (
         "torch_manual::lstm_weight_sums",
-        "(Tensor dpre, Tensor? x, Tensor? h_prev, bool bias)"
+        "(Tensor dpre, Tensor? x, Tensor? h_prev, bool bias, SymInt? samples=None)"
         " -> (Tensor dweight_ih, Tensor dweight_hh, Tensor dbias)",
         _weight_sums,
         _fake_weight_sums,

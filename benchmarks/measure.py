@@ -88,23 +88,25 @@ def summarize(rounds: Sequence[Round]) -> Timing:
     )
 
 
-def block(step: Callable[[], object], before: Callable[[], None]) -> Callable[[], float]:
-    """Return a function that runs `step` for `BLOCK_SECONDS` and returns the seconds of a call.
+def block(
+    step: Callable[[], object], before: Callable[[], None], seconds: float = BLOCK_SECONDS
+) -> Callable[[], float]:
+    """Return a function that runs `step` for about `seconds` and returns the seconds of a call.
 
     `before` runs before every call, outside the clock.
     """
 
     def run(calls: int) -> float:
-        seconds = 0.0
+        spent = 0.0
         for _ in range(calls):
             before()
             start = time.perf_counter()
             step()
-            seconds += time.perf_counter() - start
-        return seconds
+            spent += time.perf_counter() - start
+        return spent
 
     calls = 1
-    while run(calls) < BLOCK_SECONDS:
+    while run(calls) < seconds:
         calls *= 2
     return lambda: run(calls) / calls
 

@@ -140,13 +140,26 @@ struct Backward {
         if (full()) part.cover(InitialTile{this, &step, 1}, first, end, pairs);
     }
 
-    // B9, dpre W_hh, for 2L outputs.
-    template <int ROWS>
-    INLINE void add_recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel) const {
+    // B9, dpre W_hh, for 2L outputs, in as many parts as there are rows. Before each part, `ask` has
+    // the chance to prefetch what belongs to one row: all at once would be more than can be on its way.
+    template <int ROWS, typename Ask>
+    INLINE void add_recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel,
+                              const Ask& ask) const {
         const bool whole = packed(panel);
         const real* weight = whole ? hh + panel * 4 * H * 2 * L : w.weight_hh + panel * 2 * L;
         const int64_t step = whole ? 2 * L : P;
-        add_product(sum, from + row * stride_dpre, stride_dpre, weight, step, 4 * H);  // B9, R17
+        for (int r = 0; r < ROWS; r++) {
+            ask(row + r);
+            const Range part = share(4 * H, r, ROWS);
+            add_product_by_call(sum, from + row * stride_dpre + part.begin, stride_dpre,
+                                weight + part.begin * step, step,
+                                part.end - part.begin);  // B9, R17
+        }
+    }
+
+    template <int ROWS>
+    INLINE void add_recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel) const {
+        add_recurrent(sum, from, row, panel, [](int64_t) {});
     }
 
     template <int ROWS>
@@ -172,7 +185,7 @@ struct Backward {
         const Step* step;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             clear(sum);
@@ -194,16 +207,19 @@ struct Backward {
         const Step* step;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t pair) const {
+        NOINLINE void tile(int64_t row, int64_t pair) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             clear(sum);
-            for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, pair * 2 * L);
+            if (f.w.weight_hr || !step->product)
+                for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, pair * 2 * L);
             if (f.w.weight_hr)  // B2
                 add_product(sum, f.dh + row * f.stride_dh, f.stride_dh, f.hr + pair * f.P * 2 * L, 2 * L,
                             f.P);
             else if (step->product)
-                f.add_recurrent(sum, step->dpre_next, row, pair);
+                f.add_recurrent(sum, step->dpre_next, row, pair, [&](int64_t b) ALWAYS_INLINE {
+                    f.prefetch(*step, b, pair * 2 * L);  // by a call it would have no effect: removed
+                });
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < 2; v++) {
                     const int64_t u = (2 * pair + v) * L;
@@ -286,7 +302,7 @@ struct Backward {
         const Step* step;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t pair) const {
+        NOINLINE void tile(int64_t row, int64_t pair) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             clear(sum);
@@ -314,7 +330,7 @@ struct Backward {
         bool cell;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel) const {
             const Backward& f = *self;
             const int64_t n = cell ? f.H : f.P;
             vec sum[ROWS][2];

@@ -220,10 +220,14 @@ struct Forward {
         real* pre;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel) const {
             const Forward& f = *self;
             vec sum[ROWS][4];
             clear(sum);
+            if (f.args->gates)  // then `pre` is memory not seen for long
+                for (int r = 0; r < ROWS; r++)
+                    for (int g = 0; g < 4; g++)
+                        __builtin_prefetch(pre + (row + r) * f.stride_pre + g * f.H + panel * L, 1);
             add_product(sum, x + row * f.I, f.I, f.ih + panel * f.I * 4 * L, 4 * L, f.I);
             for (int r = 0; r < ROWS; r++)
                 for (int g = 0; g < 4; g++) {
@@ -240,13 +244,18 @@ struct Forward {
         const Step* step;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel) const {
             const Forward& f = *self;
             const int64_t u = panel * L, lanes = f.H - u;
             vec sum[ROWS][4];
             clear(sum);
             if constexpr (tangent)
                 for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
+            else if (step->cells)
+                for (int r = 0; r < ROWS; r++) {
+                    __builtin_prefetch(step->cells + (row + r) * f.H + u, 1);
+                    __builtin_prefetch(step->y + (row + r) * f.args->sizes.D * f.P + u, 1);
+                }
             const real* h_prev = step->h_prev + row * f.stride_h;
             add_product(sum, h_prev, f.stride_h, f.hh + panel * f.P * 4 * L, 4 * L, f.P);
             if (f.full()) {
@@ -272,7 +281,7 @@ struct Forward {
         const Step* step;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel) const {
             const Forward& f = *self;
             real pre[ROWS][4][L] = {};
             for (int64_t u = panel * L; u < least(f.H, (panel + 1) * L); u++) {
@@ -354,7 +363,7 @@ struct Forward {
         const Step* step;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t pair) const {
+        NOINLINE void tile(int64_t row, int64_t pair) const {
             const Forward& f = *self;
             vec sum[ROWS][2];
             clear(sum);
@@ -377,7 +386,7 @@ struct Forward {
         const Step* step;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel) const {
             const Forward& f = *self;
             vec sum[ROWS][2];
             clear(sum);

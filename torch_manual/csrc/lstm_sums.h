@@ -69,7 +69,7 @@ struct InputSums {
         const InputSums* self;
 
         template <int ROWS>
-        __attribute__((noinline)) void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel) const {
             if (self->args->I - panel * 2 * L > L)
                 columns<ROWS, 2>(row, panel);
             else
@@ -192,7 +192,7 @@ struct WeightSums {
     }
 
     template <int VECS>
-    __attribute__((noinline)) void add_tile(int64_t t, const real* columns, real* to, int64_t width,
+    NOINLINE void add_tile(int64_t t, const real* columns, real* to, int64_t width,
                                             int64_t left, const Terms& terms) const {
         const real* dpre = packed_dpre + t * tile_size;
         const int64_t rows = least(R, args->M - t * R);

@@ -19,7 +19,7 @@ INLINE void Forward<real, tangent>::prefetch(const Step& step, int64_t b, int64_
 
 // What the tangents of peepholes add is in `tpre` already.
 template <typename real, bool tangent>
-INLINE void Forward<real, tangent>::gate_tangents(const Step& step, int64_t b, int64_t u,
+NOINLINE void Forward<real, tangent>::gate_tangents(const Step& step, int64_t b, int64_t u,
                                                   const vec (&tpre)[4]) const {
     const int64_t lanes = H - u;
     const bool diagonal = !full();
@@ -64,7 +64,7 @@ INLINE void Forward<real, tangent>::output_tangent(const Step& step, int64_t b, 
 
 // `tdm` comes with R9 and, with weight_hr, the first product of R10.
 template <typename real, bool tangent>
-INLINE void Backward<real, tangent>::cell_tangents(const Step& step, int64_t b, int64_t u,
+NOINLINE void Backward<real, tangent>::cell_tangents(const Step& step, int64_t b, int64_t u,
                                                    vec tdm) const {
     const int64_t lanes = H - u, row = (step.row + b) * H + u, state = (direction * B + b) * H + u;
     const int64_t row_o = (step.row + b) * 4 * H + 3 * H + u;
@@ -89,7 +89,7 @@ INLINE void Backward<real, tangent>::cell_tangents(const Step& step, int64_t b, 
 }
 
 template <typename real, bool tangent>
-INLINE void Backward<real, tangent>::gate_tangents_back(const Step& step, int64_t b, int64_t u,
+NOINLINE void Backward<real, tangent>::gate_tangents_back(const Step& step, int64_t b, int64_t u,
                                                         vec tdc) const {
     const int64_t lanes = H - u, state = (direction * B + b) * H + u;
     const int64_t row = (step.row + b) * 4 * H + u, prev = (step.row_prev + b) * H + u;

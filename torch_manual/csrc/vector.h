@@ -18,7 +18,9 @@
 #define VECTOR_BYTES 16
 #endif
 
-#define INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
+#define NOINLINE __attribute__((noinline))
 
 namespace {
 

@@ -68,14 +68,15 @@ struct BackwardArguments {
     Weights<real> weights[2];
 };
 
-// The tangent of a forward pass, R1 to R8: h0, c0, y, h_n, c_n, gates and cells are tangents. What is
-// known of them beforehand is in `gates`, tpre but for th_{t-1} W_hhᵀ, and with weight_hr in `y`,
-// m tW_hrᵀ; both are overwritten. I is 0.
+// The tangent of a forward pass, R1 to R8: x, h0, c0, y, h_n, c_n, gates and cells are tangents, or
+// x and weight_ih the factors of another product of R1; I may be 0. The rest of tpre but th_{t-1} W_hhᵀ
+// may be in `gates` beforehand, and with weight_hr m tW_hrᵀ is in `y`; both are overwritten.
 template <typename real>
 struct TangentArguments : ForwardArguments<real> {
     const real* of_gates;  // (D, N, 4H), what the forward pass kept
     const real* of_cells;  // (D, N, H)
     const real* of_c0;     // (D, B, H)
+    int64_t known;         // 1: a part of tpre is in `gates`
 };
 
 // The tangent of a backward pass, R9 to R17: dy, dh_n, dc_n, dcells, dpre, dh, dh0 and dc0 are

@@ -116,8 +116,7 @@ struct Forward {
             end = chunk_end(s, mine, whole);
             // The chunk is steps [low, high) of time.
             const int64_t low = reverse ? T - end : s, high = reverse ? T - s : end;
-            if constexpr (!tangent)
-                if (packed()) project(part, low, high, whole, buffer);
+            if (packed() && (!tangent || I > 0)) project(part, low, high, whole, buffer);
             for (int64_t k = s; k < end; k++) {
                 const int64_t t = reverse ? T - 1 - k : k;
                 run_step(part, step_at(t, k, input_rows(t, low, mine, whole, buffer)), rows.alive(t));
@@ -233,6 +232,8 @@ struct Forward {
                 for (int g = 0; g < 4; g++) {
                     vec b = load(f.bias + (g * f.panels + panel) * L);
                     real* to = pre + (row + r) * f.stride_pre + g * f.H + panel * L;
+                    if constexpr (tangent)
+                        if (f.args->known) b += load(to, f.H - panel * L);
                     store(to, sum[r][g] + b, f.H - panel * L);
                 }
         }

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu
+from torch_manual.kernels import cpu, lstm_tangent
 from torch_manual.kernels.lstm import LSTMWeights, _peep, _peep_back
 from torch_manual.kernels.rows import first, previous
 
-_tangent_arguments = struct.Struct(f"{cpu.FORWARD_WORDS + 3}q").pack
+_tangent_arguments = struct.Struct(f"{cpu.FORWARD_WORDS + 4}q").pack
 _backward_tangent_arguments = struct.Struct(f"{cpu.BACKWARD_WORDS + 7}q").pack
 
 
 def tangent_direction(
-    tpre: Tensor,
+    products: lstm_tangent.Products,
     th: Tensor,
     tc: Tensor,
     c0: Tensor,
@@ -35,7 +35,15 @@ def tangent_direction(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, H), (B, P) = cells.shape, th.shape
     th, tc, c0, gates, cells = (t.contiguous() for t in (th, tc, c0, gates, cells))
-    if any(t is not None for t in tw[5:]):
+    x, weight_ih = (None, None) if not products else (t.contiguous() for t in products[0])
+    peeping = any(t is not None for t in tw[5:])
+    known = len(products) != 1 or peeping
+    if known:
+        biases = tw[2:4] if x is None else ()
+        tpre = lstm_tangent.known_tpre(products[1:], biases, gates)
+    else:
+        tpre = torch.empty_like(gates)
+    if peeping:
         c_prev = previous(cells, c0, batch_sizes, reverse)
         tpre_i, tpre_f, _, tpre_o = tpre.chunk(4, -1)
         tpre_i.copy_(_peep(tpre_i, c_prev, tw.weight_ci))
@@ -49,16 +57,17 @@ def tangent_direction(
     T, lengths = cpu.steps(N, B, batch_sizes)
     if T == 0:
         return ty, th, tc, tpre, tcells
-    weights, pointers, full = cpu.in_c_order(_of_recurrence(w))
+    weights, pointers, full = cpu.in_c_order((weight_ih, w.weight_hh, tw[2], tw[3], *w[4:]))
+    I = 0 if x is None else x.shape[1]
     cpu.call(
         "lstm_tangent",
         cells.dtype,
         _tangent_arguments(
-            *(T, B, 0, H, P, 1, full, reverse, *cpu.grid(T, B, N * 4 * H * P, H, 1), lengths),
-            *(0, 0, th.data_ptr(), tc.data_ptr()),
+            *(T, B, I, H, P, 1, full, reverse, *cpu.grid(T, B, N * 4 * H * (I + P), H, 1), lengths),
+            *(0, 0 if x is None else x.data_ptr(), th.data_ptr(), tc.data_ptr()),
             *(ty.data_ptr(), th_n.data_ptr(), tc_n.data_ptr(), tpre.data_ptr(), tcells.data_ptr()),
             *pointers,
-            *(gates.data_ptr(), cells.data_ptr(), c0.data_ptr()),
+            *(gates.data_ptr(), cells.data_ptr(), c0.data_ptr(), known),
         ),
     )
     return ty, th_n, tc_n, tpre, tcells

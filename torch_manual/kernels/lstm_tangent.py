@@ -26,6 +26,8 @@ from torch_manual.kernels.lstm import (
 )
 from torch_manual.kernels.rows import previous, steps
 
+Products = list[tuple[Tensor, Tensor]]  # (N, K) and (4H, K)
+
 
 def _tangent(
     tx: Tensor | None,
@@ -49,9 +51,11 @@ def _tangent(
     for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True)):
         w, tw = _cast(w, dtype), _cast(tw, dtype)
         h, c, y_d = h0[d].to(dtype), c0[d].to(dtype), y[:, d * P : (d + 1) * P].to(dtype)
+        h_prev = None if tw.weight_hh is None else previous(y_d, h, batch_sizes, bool(d))
+        factors = (tx, w.weight_ih), (x_d, tw.weight_ih), (h_prev, tw.weight_hh)
         results.append(
             loop(
-                _known_tpre(tx, x_d, y_d, h, batch_sizes, w, tw, reverse=bool(d)),
+                [(a, b) for a, b in factors if a is not None and b is not None],
                 torch.zeros_like(h) if th0 is None else th0[d].to(dtype, copy=True),
                 torch.zeros_like(c) if tc0 is None else tc0[d].to(dtype, copy=True),
                 c,
@@ -82,32 +86,21 @@ def _loops(t: Tensor, weights: Sequence[Tensor | None]) -> tuple[Callable, Calla
     return _tangent_direction, _backward_tangent_direction
 
 
-def _known_tpre(
-    tx: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    h0: Tensor,
-    batch_sizes: Tensor | None,
-    w: LSTMWeights,
-    tw: LSTMWeights,
-    reverse: bool,
-) -> Tensor:
-    """R1 but for th_{t-1} W_hhᵀ, of all rows."""
-    h_prev = None if tw.weight_hh is None else previous(y, h0, batch_sizes, reverse)
+def known_tpre(products: Products, biases: Sequence[Tensor | None], gates: Tensor) -> Tensor:
+    """R1 but for th_{t-1} W_hhᵀ, of all rows: Σ a bᵀ and the biases."""
     tpre = None
-    for a, b in ((tx, w.weight_ih), (x, tw.weight_ih), (h_prev, tw.weight_hh)):
-        if a is not None and b is not None:
-            tpre = a @ b.T if tpre is None else tpre.addmm_(a, b.T)
+    for a, b in products:
+        tpre = a @ b.T if tpre is None else tpre.addmm_(a, b.T)
     if tpre is None:
-        tpre = x.new_zeros(len(x), w.weight_hh.shape[0])
-    for tbias in (tw.bias_ih, tw.bias_hh):
+        tpre = torch.zeros_like(gates)
+    for tbias in biases:
         if tbias is not None:
             tpre += tbias
     return tpre
 
 
 def _tangent_direction(
-    tpre: Tensor,
+    products: Products,
     th: Tensor,
     tc: Tensor,
     c0: Tensor,
@@ -118,6 +111,7 @@ def _tangent_direction(
     cells: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tpre = known_tpre(products, tw[2:4], gates)
     ty = th.new_empty(len(cells), th.shape[1])
     tgates, tcells = torch.empty_like(gates), torch.empty_like(cells)
     c_before = previous(cells, c0, batch_sizes, reverse)

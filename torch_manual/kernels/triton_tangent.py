@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from torch_manual.kernels.lstm import LSTMWeights
-from torch_manual.kernels.lstm_tangent import filled
+from torch_manual.kernels.lstm_tangent import Products, filled, known_tpre
 from torch_manual.kernels.rows import previous, steps
 
 
 def tangent_direction(
-    tpre: Tensor,
+    products: Products,
     th: Tensor,
     tc: Tensor,
     c0: Tensor,
@@ -31,6 +31,7 @@ def tangent_direction(
     from torch_manual.triton_kernels.lstm.tangent import step_tangent
 
     th, tc, gates, cells = (t.contiguous() for t in (th, tc, gates, cells))
+    tpre = known_tpre(products, tw[2:4], gates)
     ty = th.new_empty(len(cells), th.shape[1])
     tgates, tcells, tm = torch.empty_like(gates), torch.empty_like(cells), torch.empty_like(tc)
     c_before = previous(cells, c0, batch_sizes, reverse)

@@ -80,7 +80,9 @@ def lstm_layer(
     if recompute is not None and torch.is_grad_enabled():
         y, h_n, c_n, _, _ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
     elif _needs_graph(x, h0, c0, *flat):
-        function = LSTMFunction if torch.compiler.is_compiling() else LSTMFunctionEager
+        function: type[LSTMFunction] = LSTMFunctionEager
+        if torch.compiler.is_compiling():
+            function = LSTMFunction if return_cells else LSTMFunctionWithoutCells
         y, h_n, c_n, cells, _ = function.apply(rows, h0, c0, batch_sizes, *flat)
     else:
         with autocast_off(x):
@@ -129,11 +131,8 @@ class LSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, h0, c0, batch_sizes, *weights = inputs
-        y, _, _, cells, gates = output
-        ctx.mark_non_differentiable(gates)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, batch_sizes, y, gates, cells, *weights)
+        ctx.mark_non_differentiable(output[4])
+        _save(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -147,6 +146,15 @@ class LSTMFunction(torch.autograd.Function):
             gradients = lstm_gradients(needs, outer, Primal.of(ctx.saved_tensors))
         dx, dh0, dc0, _, _, *dweights = gradients
         return dx, dh0, dc0, None, *dweights
+
+
+class LSTMFunctionWithoutCells(LSTMFunction):
+    """`LSTMFunction` when nobody sees the cells: a compiled graph would send zeros for them."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[3:])
+        _save(ctx, inputs, output)
 
 
 class LSTMFunctionEager(LSTMFunction):
@@ -186,6 +194,13 @@ class LSTMFunctionEager(LSTMFunction):
             y.unflatten(0, (-1, n)),
             *(t.unflatten(1, (-1, n)) for t in (h_n, c_n, cells, gates)),
         ), (1, 2, 2, 2, 2)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, h0, c0, batch_sizes, *weights = inputs
+    y, _, _, cells, gates = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h0, c0, batch_sizes, y, gates, cells, *weights)
 
 
 def _needs_graph(*tensors: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ test: $(INSTALLED)  ## the whole test suite
 	$(BIN)/python -m pytest
 
 sanitize: $(INSTALLED)  ## the CPU kernel's tests under AddressSanitizer and UBSan
-	sh tests/sanitize.sh $(BIN)/python
+	sh tests/sanitize.sh $(BIN)/python $(SET)
 
 benchmarks: $(INSTALLED)
 	$(BIN)/python -m benchmarks

@@ -93,7 +93,7 @@ class LSTMRecomputeGradientFunction(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         P = h_starts.shape[3]
-        dx = torch.zeros_like(x) if needs[0] else None
+        dx = torch.empty_like(x) if needs[0] else None
         dh = torch.zeros_like(h_starts[0]) if dh_n is None else dh_n.clone()
         dc = torch.zeros_like(c_starts[0]) if dc_n is None else dc_n.clone()
         dweights: list[Tensor | None] = []
@@ -141,7 +141,10 @@ def _backward_direction(
     steps: int,
     reverse: bool,
 ) -> LSTMWeights:
-    """Return the weights' gradients; turn dh, dc into dh0, dc0 and add to dx, all in place."""
+    """Return the weights' gradients; turn dh, dc into dh0, dc0, all in place, and set dx.
+
+    In reverse, as the second of two directions, add to dx.
+    """
     total = NOTHING
     plan = _plan(x, h_starts, batch_sizes, steps)
     for block in plan if reverse else reversed(plan):
@@ -162,6 +165,8 @@ def _backward_direction(
                 reverse,
             )
             dh[alive], dc[alive] = dh_s[0], dc_s[0]
+            if not any(need[4:]):  # then no sum takes them
+                gates, cells = gates[:, :0], cells[:, :0]
             pieces.append((dpre, dh_rows, gates, cells))
         in_time = pieces if reverse else pieces[::-1]
         dpre, dh_rows, gates, cells = (torch.cat(t, 1) for t in zip(*in_time, strict=True))
@@ -172,8 +177,10 @@ def _backward_direction(
         total = add_each(
             total, sums_of(need, dpre[0], dh_rows[0], factors_of(need, p, 0, reverse), p, 0)
         )
-        if dx is not None:
+        if dx is not None and reverse:
             dx[whole.rows] += dx_of(dpre, w)
+        elif dx is not None:
+            dx[whole.rows] = dx_of(dpre, w)
     return total
 
 

@@ -95,6 +95,7 @@ def _module(case: Case, which: str) -> nn.Module:
         cell = torch_manual.PeepholeLSTM if which == "ours" else SteppedPeephole
     elif which == "ours" or case.against_ours:
         cell = torch_manual.LSTM
+        options["recompute"] = case.recompute if which == "ours" else None
     else:
         cell = nn.LSTM
     return cell(

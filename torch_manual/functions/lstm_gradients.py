@@ -27,7 +27,7 @@ Tensors = Sequence[Tensor | None]
 
 
 NOTHING = LSTMWeights(*(None,) * len(LSTMWeights._fields))  # type: ignore[arg-type]
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 4096
 
 
 class Primal(NamedTuple):

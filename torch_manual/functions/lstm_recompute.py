@@ -147,13 +147,16 @@ def _backward_direction(
     """
     total = NOTHING
     plan = _plan(x, h_starts, batch_sizes, steps)
+    joined = any(need[4:])  # whether a sum takes more than dpre, x and h
     for block in plan if reverse else reversed(plan):
-        pieces = []
+        whole = _span(block)
+        dpre = x.new_empty(1, whole.rows.stop - whole.rows.start, 4 * c_starts.shape[-1])
+        pieces: list[tuple[Tensor, ...]] = []
         for k, segment in block if reverse else reversed(block):
             given = _inputs(x, h_starts[k], c_starts[k], batch_sizes, segment)
             _, _, _, gates, cells = lstm_forward(*given, w, True, reverse)
             alive = slice(given[1].shape[1])
-            dpre, dh_rows, dh_s, dc_s = lstm_backward(
+            dpre_s, dh_rows, dh_s, dc_s = lstm_backward(
                 None if dy is None else dy[segment.rows],
                 dh[None, alive],
                 dc[None, alive],
@@ -165,13 +168,14 @@ def _backward_direction(
                 reverse,
             )
             dh[alive], dc[alive] = dh_s[0], dc_s[0]
-            if not any(need[4:]):  # then no sum takes them
-                gates, cells = gates[:, :0], cells[:, :0]
-            pieces.append((dpre, dh_rows, gates, cells))
-        in_time = pieces if reverse else pieces[::-1]
-        dpre, dh_rows, gates, cells = (torch.cat(t, 1) for t in zip(*in_time, strict=True))
+            start = whole.rows.start
+            dpre[:, segment.rows.start - start : segment.rows.stop - start] = dpre_s
+            if joined:
+                pieces.append((dh_rows, gates, cells))
+        if joined:
+            in_time = pieces if reverse else pieces[::-1]
+            dh_rows, gates, cells = (torch.cat(t, 1) for t in zip(*in_time, strict=True))
         entry = block[-1 if reverse else 0][0]
-        whole = _span(block)
         given = _inputs(x, h_starts[entry], c_starts[entry], batch_sizes, whole)
         p = Primal(*given, y[whole.rows], gates, cells, w)
         total = add_each(

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import backend
+from torch_manual.kernels import backend, memory
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 FOLDER = Path(
@@ -222,8 +222,8 @@ def lstm_forward(
     x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     (N, I), (D, B, P), H = x.shape, h0.shape, c0.shape[2]
     y, h_n, c_n = empty(x, N, D * P), torch.empty_like(h0), torch.empty_like(c0)
-    gates = empty(x, D, N, 4 * H) if save else x.new_empty(0)
-    cells = empty(x, D, N, H) if save else x.new_empty(0)
+    gates = memory.empty(x, D, N, 4 * H) if save else x.new_empty(0)
+    cells = memory.empty(x, D, N, H) if save else x.new_empty(0)
     T, lengths = steps(N, B, batch_sizes)
     if T == 0:
         return y, h_n.copy_(h0), c_n.copy_(c0), gates, cells
@@ -304,7 +304,7 @@ def lstm_backward(
     weight_hh, projected = weights[1], weights[4] is not None
     assert weight_hh is not None
     (D, N, _), (_, B, H), P = gates.shape, c0.shape, weight_hh.shape[1]
-    dpre = empty(gates, *gates.shape)
+    dpre = memory.empty(gates, *gates.shape)
     dh = empty(gates, D, N, P) if projected else gates.new_empty(D, 0)
     dh0, dc0 = gates.new_empty(D, B, P), torch.empty_like(c0)
     T, lengths = steps(N, B, batch_sizes)

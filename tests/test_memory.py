@@ -1,0 +1,122 @@
+"""Large blocks of CPU memory come back when their tensor dies, and not before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import torch_manual
+from torch_manual.kernels import memory
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+LIKE = torch.empty(0)
+ROWS = memory.SMALLEST // 4096  # of 1024 floats: the smallest block
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    torch_manual.empty_cache()
+    assert memory.kept_bytes() == 0
+    yield
+    torch_manual.empty_cache()
+
+
+def test_a_block_is_used_again():
+    t = memory.empty(LIKE, ROWS, 1024)
+    assert t.shape == (ROWS, 1024)
+    assert t.is_contiguous()
+    address = t.data_ptr()
+    del t
+    assert memory.kept_bytes() == memory.SMALLEST
+    again = memory.empty(LIKE.double(), ROWS, 512)
+    assert again.data_ptr() == address
+    assert again.dtype is torch.float64
+    assert memory.kept_bytes() == 0
+
+
+def test_a_view_keeps_its_block():
+    t = memory.empty(LIKE, ROWS, 1024).fill_(1.0)
+    row = t[-1]
+    del t
+    other = memory.empty(LIKE, ROWS, 1024).fill_(2.0)
+    assert (row == 1).all()
+    assert other.data_ptr() != row.data_ptr()
+    assert memory.kept_bytes() == 0
+
+
+def test_sizes():
+    assert memory.empty(LIKE, ROWS - 1, 1024).shape == (ROWS - 1, 1024)
+    assert memory.kept_bytes() == 0  # malloc's
+    large = memory.empty(LIKE, 2 * ROWS + 1, 1024)
+    address = large.data_ptr()
+    del large
+    small = memory.empty(LIKE, ROWS, 1024)
+    assert small.data_ptr() != address  # more than half of the block would lie idle
+
+
+def test_no_more_is_kept_than_the_limit(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_KEPT", 2 * memory.SMALLEST)
+    tensors = [memory.empty(LIKE, ROWS, 1024) for _ in range(4)]
+    last = tensors[-1].data_ptr()
+    for k in range(4):
+        tensors[k] = None
+    assert memory.kept_bytes() == 2 * memory.SMALLEST
+    kept = {memory.empty(LIKE, ROWS, 1024).data_ptr() for _ in range(2)}
+    assert last in kept
+
+
+def test_threads():
+    """Eight threads take and give back blocks; none is lent to two at once."""
+    wrong = []
+
+    def work(k):
+        for _ in range(30):
+            t = memory.empty(LIKE, ROWS, 1024)
+            t[::256].fill_(float(k))
+            if not (t[::256] == k).all():
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_no_memory_is_torchs_error():
+    with pytest.raises(RuntimeError, match="memory"):
+        memory.empty(LIKE, 1 << 25, 1 << 25)
+
+
+def test_training_uses_the_same_blocks():
+    module = torch_manual.LSTM(64, 256)
+    x = torch.randn(256, 32, 64)
+
+    def step():
+        module(x)[0].sum().backward()
+
+    step()
+    kept = memory.kept_bytes()
+    assert kept >= 2 * 4 * 256 * 32 * 4 * 256  # gates and dpre
+    address = set(memory._free)
+    step()
+    assert memory.kept_bytes() == kept
+    assert set(memory._free) == address
+
+
+def test_graph_alive_at_exit():
+    script = (
+        "import torch, torch_manual\n"
+        "y, _ = torch_manual.LSTM(64, 256)(torch.randn(256, 32, 64))\n"
+        "from torch_manual.kernels import memory\n"
+        "assert memory._lent and not memory._free\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -56,6 +56,10 @@ def test_sizes():
     del large
     small = memory.empty(LIKE, ROWS, 1024)
     assert small.data_ptr() != address  # more than half of the block would lie idle
+    memory.empty_cache()
+    del small
+    memory.empty(LIKE, ROWS + 1, 1024).fill_(1.0)  # the block kept is too small
+    assert memory.kept_bytes() > 2 * memory.SMALLEST
 
 
 def test_no_more_is_kept_than_the_limit(monkeypatch):

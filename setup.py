@@ -62,6 +62,7 @@ setup(
                 f"torch_manual/csrc/{header}.h"
                 for header in (
                     "lstm",
+                    "lstm_dual",
                     "lstm_forward",
                     "lstm_backward",
                     "lstm_sums",

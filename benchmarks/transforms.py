@@ -144,7 +144,6 @@ def first_order(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
 
-    @torch.no_grad()
     def forward() -> Tensor:
         return module(x)[0]
 
@@ -155,7 +154,9 @@ def first_order(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
         return jvp(lambda p: functional_call(module, p, (x,))[0], (parameters,), (tangents,))
 
     for name, step in (("input", of_input), ("weights", of_weights)):
-        yield Comparison(f"jvp along the {name} T{T} B{B} I{I} H{H}", "forward", step, forward, 2.5)
+        name = f"jvp along the {name} T{T} B{B} I{I} H{H}"
+        yield Comparison(name, "forward, no_grad", step, torch.no_grad()(forward), 2.5)
+        yield Comparison(name, "forward, graph kept", step, forward, 2.5)
 
 
 def hessian_vector_product(T: int, B: int, I: int, H: int) -> Comparison:
@@ -176,38 +177,48 @@ def hessian_vector_product(T: int, B: int, I: int, H: int) -> Comparison:
     )
 
 
-def compiled(T: int, B: int, I: int, H: int) -> tuple[Comparison, float]:
-    """A compiled training step beside the eager one, and the seconds that compiling took."""
+def compiled(T: int, B: int, I: int, H: int) -> Iterator[tuple[Comparison, float]]:
+    """Compiled training steps beside the eager one, and the seconds that compiling each took."""
     module = torch_manual.LSTM(I, H)
     x = torch.randn(T, B, I)
     parameters = [*module.parameters()]
-    function = torch.compile(module, fullgraph=True, dynamic=True)
 
-    def step(f: Callable) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(f(x)[0].square().sum(), parameters)
+    def loss(module: Callable, x: Tensor) -> Tensor:
+        return module(x)[0].square().sum()
 
-    start = time.perf_counter()
-    step(function)
-    seconds = time.perf_counter() - start
-    comparison = Comparison(
-        f"compiled step T{T} B{B} I{I} H{H}",
-        "eager step",
-        lambda: step(function),
-        lambda: step(module),
-        limit=1.0,
-        same=lambda: (step(function), step(module)),
-    )
-    return comparison, seconds
+    def step(loss: Callable, module: Callable) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(module, x), parameters)
+
+    def compare(name: str, *functions: Callable) -> tuple[Comparison, float]:
+        start = time.perf_counter()
+        step(*functions)
+        seconds = time.perf_counter() - start
+        return Comparison(
+            f"{name} T{T} B{B} I{I} H{H}",
+            "eager step",
+            lambda: step(*functions),
+            lambda: step(loss, module),
+            limit=1.0,
+            same=lambda: (step(*functions), step(loss, module)),
+        ), seconds
+
+    def compile(f: Callable) -> Callable:
+        return torch.compile(f, fullgraph=True, dynamic=True)
+
+    yield compare("step, loss and module compiled", compile(loss), module)
+    yield compare("step, module compiled", loss, compile(module))
 
 
 def rows(seconds: float) -> Iterator[tuple[str, ...]]:
     for comparison in comparisons():
         yield comparison.row(seconds)
-    comparison, compile_seconds = compiled(T=100, B=8, I=64, H=64)
-    yield comparison.row(seconds)
-    yield compiled(T=128, B=32, I=128, H=128)[0].row(seconds)
+    compile_seconds = 0.0
+    for sizes in ((100, 8, 64, 64), (128, 32, 128, 128)):
+        for comparison, seconds_to_compile in compiled(*sizes):
+            compile_seconds = max(compile_seconds, seconds_to_compile)
+            yield comparison.row(seconds)
     met = "met" if compile_seconds <= 10 else "MISSED"
-    yield ("compiling it", f"{1e3 * compile_seconds:.0f}", "", "", "", "≤ 10000 ms", met)
+    yield ("the longest compilation", f"{1e3 * compile_seconds:.0f}", "", "", "", "≤ 10000 ms", met)
 
 
 def _nothing() -> None:

@@ -1,5 +1,6 @@
 // The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return 0, or 1
 // when memory ran out.
+#include "lstm_dual.h"
 #include "lstm_sums.h"
 #include "lstm_tangent.h"
 
@@ -22,6 +23,12 @@ EXPORT int lstm_tangent_float32(const TangentArguments<float>* a) {
 }
 EXPORT int lstm_tangent_float64(const TangentArguments<double>* a) {
     return run_layer<Forward<double, true>>(*a);
+}
+EXPORT int lstm_dual_float32(const DualArguments<float>* a) {
+    return run_layer<Dual<float>>(*a);
+}
+EXPORT int lstm_dual_float64(const DualArguments<double>* a) {
+    return run_layer<Dual<double>>(*a);
 }
 EXPORT int lstm_backward_tangent_float32(const BackwardTangentArguments<float>* a) {
     return run_layer<Backward<float, true>>(*a);

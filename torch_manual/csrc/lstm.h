@@ -79,6 +79,19 @@ struct TangentArguments : ForwardArguments<real> {
     int64_t known;         // 1: a part of tpre is in `gates`
 };
 
+// A forward pass and its tangent at once. `gates` is null, and `cells` with tcells where not asked for.
+template <typename real>
+struct DualArguments : ForwardArguments<real> {
+    const real* tx;              // (N, I) or null
+    const real* th0;             // (D, B, P) or null
+    const real* tc0;             // (D, B, H) or null
+    real* ty;                    // (N, D·P)
+    real* th_n;                  // (D, B, P)
+    real* tc_n;                  // (D, B, H)
+    real* tcells;                // (D, N, H) or null
+    Weights<real> tweights[2];   // any of them may be null
+};
+
 // The tangent of a backward pass, R9 to R17: dy, dh_n, dc_n, dcells, dpre, dh, dh0 and dc0 are
 // tangents. What is known beforehand: dy holds the part dpre tW_hh of R17 too, dcells the parts of
 // R12 and R16 through tangents of peepholes.

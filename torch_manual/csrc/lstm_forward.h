@@ -108,21 +108,30 @@ struct Forward {
         for (int64_t k = 0; k < H; k++) store(to + k * 2 * L, vec{});
     }
 
-    void run(const Part& part, int64_t batch) const {
+    // Steps [low, high) of time, whose input parts are made at once: of all sequences, or of `mine`
+    // alone. They lie from row `at` of a buffer on, where they are not kept.
+    struct Chunk {
+        int64_t low, high, at;
+        bool whole;
+        Range mine;
+    };
+
+    void run(const Part& part, int64_t batch) const { run_chunks(*this, part, batch); }
+
+    // `Pass` has project(), a chunk's input parts, run_step() and finish().
+    template <typename Pass>
+    void run_chunks(const Pass& pass, const Part& part, int64_t batch) const {
         const Range& mine = part.sequences;
         const bool whole = mine.end - mine.begin == B;
-        real* const buffer = input_part + (mine.begin + batch * chunk_rows) * stride_pre;
         for (int64_t s = 0, end; s < T; s = end) {
             end = chunk_end(s, mine, whole);
-            // The chunk is steps [low, high) of time.
             const int64_t low = reverse ? T - end : s, high = reverse ? T - s : end;
-            if (packed() && (!tangent || I > 0)) project(part, low, high, whole, buffer);
-            for (int64_t k = s; k < end; k++) {
-                const int64_t t = reverse ? T - 1 - k : k;
-                run_step(part, step_at(t, k, input_rows(t, low, mine, whole, buffer)), rows.alive(t));
-            }
+            const Chunk chunk = {low, high, mine.begin + batch * chunk_rows, whole, mine};
+            pass.project(part, chunk);
+            for (int64_t k = s; k < end; k++)
+                pass.run_step(part, chunk, reverse ? T - 1 - k : k, k);
         }
-        if (part.unit == 0) finish(mine);
+        if (part.unit == 0) pass.finish(mine);
     }
 
     // The step, in order of execution, before which the chunk that begins at `s` ends.
@@ -140,24 +149,34 @@ struct Forward {
     }
 
     // Where the input part of step t lies (as if of sequence 0).
-    real* input_rows(int64_t t, int64_t low, const Range& mine, bool whole, real* buffer) const {
+    real* input_rows(int64_t t, const Chunk& chunk, real* buffer) const {
         if (args->gates) return args->gates + (direction * rows.start(T) + rows.start(t)) * 4 * H;
-        if (whole) return buffer + (rows.start(t) - rows.start(low)) * stride_pre;
-        return buffer + ((t - low) * (mine.end - mine.begin) - mine.begin) * stride_pre;
+        buffer += chunk.at * stride_pre;
+        if (chunk.whole) return buffer + (rows.start(t) - rows.start(chunk.low)) * stride_pre;
+        const Range& mine = chunk.mine;
+        return buffer + ((t - chunk.low) * (mine.end - mine.begin) - mine.begin) * stride_pre;
     }
 
-    void project(const Part& part, int64_t low, int64_t high, bool whole, real* buffer) const {
-        if (whole) {
+    void project(const Part& part, const Chunk& chunk) const {
+        if (!packed() || (tangent && I == 0)) return;
+        bool known = false;
+        if constexpr (tangent) known = args->known;
+        project(part, chunk, {this, args->x, ih, bias, known, nullptr}, input_part);
+    }
+
+    // Makes `of` for all rows of the chunk.
+    struct InputTile;
+    void project(const Part& part, const Chunk& chunk, InputTile of, real* buffer) const {
+        const real* const x = of.x;
+        for (int64_t t = chunk.low; t < chunk.high; t++) {
+            of.x = x + rows.start(t) * I, of.pre = input_rows(t, chunk, buffer);
+            if (!chunk.whole) {
+                part.cover(of, 0, rows.alive(t), panels);
+                continue;
+            }
             const Range mine = share(panels, part.unit, part.units);
-            real* pre = input_rows(low, low, part.sequences, whole, buffer);
-            const InputTile stage = {this, args->x + rows.start(low) * I, pre};
-            cover(stage, 0, rows.start(high) - rows.start(low), mine.begin, mine.end);
+            cover(of, 0, rows.start(chunk.high) - rows.start(t), mine.begin, mine.end);
             return;
-        }
-        for (int64_t t = low; t < high; t++) {
-            real* pre = input_rows(t, low, part.sequences, whole, buffer);
-            const InputTile stage = {this, args->x + rows.start(t) * I, pre};
-            part.cover(stage, 0, rows.alive(t), panels);
         }
     }
 
@@ -182,7 +201,9 @@ struct Forward {
         return step;
     }
 
-    void run_step(const Part& part, const Step& step, int64_t alive) const {
+    void run_step(const Part& part, const Chunk& chunk, int64_t t, int64_t s) const {
+        const Step step = step_at(t, s, input_rows(t, chunk, input_part));
+        const int64_t alive = rows.alive(t);
         if constexpr (tangent)
             part.cover(GateTile{this, &step}, 0, alive, panels);
         else if (packed())
@@ -201,21 +222,25 @@ struct Forward {
     }
 
     // h_n and c_n: what every sequence's last step has written.
-    void finish(const Range& mine) const {
+    void finish(const Range& mine) const { finish(mine, h, c, args->h_n, args->c_n); }
+
+    void finish(const Range& mine, real* const (&h)[2], real* const (&c)[2], real* h_n,
+                real* c_n) const {
         int64_t length = T;
         for (int64_t b = mine.begin; b < mine.end; b++) {
             length = reverse ? T : rows.length(b, length);
             const int last = length & 1;
-            memcpy(args->h_n + (direction * B + b) * P, h[last] + b * stride_h, P * sizeof(real));
-            memcpy(args->c_n + (direction * B + b) * H, c[last] + b * stride_c, H * sizeof(real));
+            memcpy(h_n + (direction * B + b) * P, h[last] + b * stride_h, P * sizeof(real));
+            memcpy(c_n + (direction * B + b) * H, c[last] + b * stride_c, H * sizeof(real));
         }
     }
 
-    // x W_ihᵀ + b, the input part of F1.
+    // The input part of F1 and of R1: x Wᵀ and, if given, a bias, written or added to what is there.
     struct InputTile {
         static constexpr int max_rows = wide_rows;
         const Forward* self;
-        const real* x;
+        const real *x, *weight, *bias;
+        bool add;
         real* pre;
 
         template <int ROWS>
@@ -227,13 +252,12 @@ struct Forward {
                 for (int r = 0; r < ROWS; r++)
                     for (int g = 0; g < 4; g++)
                         __builtin_prefetch(pre + (row + r) * f.stride_pre + g * f.H + panel * L, 1);
-            add_product(sum, x + row * f.I, f.I, f.ih + panel * f.I * 4 * L, 4 * L, f.I);
+            add_product(sum, x + row * f.I, f.I, weight + panel * f.I * 4 * L, 4 * L, f.I);
             for (int r = 0; r < ROWS; r++)
                 for (int g = 0; g < 4; g++) {
-                    vec b = load(f.bias + (g * f.panels + panel) * L);
+                    vec b = bias ? load(bias + (g * f.panels + panel) * L) : vec{};
                     real* to = pre + (row + r) * f.stride_pre + g * f.H + panel * L;
-                    if constexpr (tangent)
-                        if (f.args->known) b += load(to, f.H - panel * L);
+                    if (add) b += load(to, f.H - panel * L);
                     store(to, sum[r][g] + b, f.H - panel * L);
                 }
         }

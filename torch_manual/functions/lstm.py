@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
 from torch_manual.functions._signature import keep_signature
+from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
 from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
 from torch_manual.functions.lstm_recompute import LSTMRecomputeFunction
 from torch_manual.functions.lstm_second_order import (
@@ -79,6 +80,8 @@ def lstm_layer(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if recompute is not None and torch.is_grad_enabled():
         y, h_n, c_n, _, _ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
+    elif duals := lstm_forward_mode(rows, h0, c0, batch_sizes, flat, return_cells):
+        y, h_n, c_n, cells = duals
     elif _needs_graph(x, h0, c0, *flat):
         function: type[LSTMFunction] = LSTMFunctionEager
         if torch.compiler.is_compiling():

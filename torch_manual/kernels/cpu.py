@@ -33,6 +33,7 @@ _FUNCTIONS = (
     "lstm_forward",
     "lstm_backward",
     "lstm_tangent",
+    "lstm_dual",
     "lstm_backward_tangent",
     "lstm_input_sums",
     "lstm_weight_sums",
@@ -199,6 +200,7 @@ def threads(work: int) -> int:
 FORWARD_WORDS = 12 + 9 + 2 * _WEIGHTS
 BACKWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
 _forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
+_dual_arguments = struct.Struct(f"{FORWARD_WORDS + 7 + 2 * _WEIGHTS}q").pack
 _backward_arguments = struct.Struct(f"{BACKWARD_WORDS}q").pack
 
 
@@ -265,6 +267,51 @@ def lstm_step(
         ),
     )
     return h_n, c_n
+
+
+def lstm_dual(
+    tx: Tensor | None,
+    th0: Tensor | None,
+    tc0: Tensor | None,
+    tweights: Sequence[Tensor | None],
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    return_cells: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`lstm_dual` of kernels/lstm_dual.py on CPU tensors, without projection and full peepholes."""
+    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
+    tx, th0, tc0 = (None if t is None else t.contiguous() for t in (tx, th0, tc0))
+    (N, I), (D, B, H) = x.shape, c0.shape
+    T, lengths = steps(N, B, batch_sizes)
+    shapes = [(N, D * H), (D, B, H), (D, B, H), *([(D, N, H)] if return_cells else [])]
+    out, tout = (tuple([empty(x, *shape) for shape in shapes]) for _ in range(2))
+    if T == 0:
+        for t, given in zip((*out[1:3], *tout[1:3]), (h0, c0, th0, tc0), strict=True):
+            t.zero_() if given is None else t.copy_(given)
+        return out, tout
+    weights, pointers, _ = in_c_order(weights)
+    tweights, tpointers, _ = in_c_order(tweights)
+    products = sum(t is not None for t in (tx, tweights[0])) * I
+    products += I + H * (2 + (tweights[1] is not None))
+    call(
+        "lstm_dual",
+        x.dtype,
+        _dual_arguments(
+            *(T, B, I, H, H, D, 0, False, *grid(T, B, N * 4 * H * products, H, D), lengths, 0),
+            *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
+            *(t.data_ptr() for t in out[:3]),
+            *(0, out[3].data_ptr() if return_cells else 0),
+            *pointers,
+            *(0 if t is None else t.data_ptr() for t in (tx, th0, tc0)),
+            *(t.data_ptr() for t in tout[:3]),
+            tout[3].data_ptr() if return_cells else 0,
+            *tpointers,
+        ),
+    )
+    return out, tout
 
 
 def _unpacked(T: int, N: int, H: int) -> bool:

@@ -1,0 +1,169 @@
+// A forward pass and its tangent at once, F1 to F7 and R1 to R7 as the epilogue of the products of
+// both: no gates are kept between the two. Without projection and full peepholes.
+#pragma once
+
+#include "lstm_forward.h"
+
+namespace {
+
+template <typename real>
+struct Dual : Forward<real> {
+    using Base = Forward<real>;
+    using typename Base::Chunk, typename Base::Step, typename Base::vec;
+    using Base::args, Base::B, Base::bias, Base::c, Base::direction, Base::h, Base::H, Base::hh,
+        Base::I, Base::ih, Base::input_part, Base::input_rows, Base::L, Base::P, Base::panels,
+        Base::rows, Base::stride_c, Base::stride_h, Base::stride_pre, Base::T, Base::w;
+
+    const DualArguments<real>* dual;
+    Weights<real> tw;
+
+    // Borrowed memory, as in Forward. The weights' tangents only where they are given.
+    real *tih, *thh, *tbias, *th[2], *tc[2];
+    real* tinput_part;  // tx W_ihᵀ + x tW_ihᵀ of some steps
+
+    struct DualStep : Step {
+        const real *tpre, *th_prev, *tc_prev;
+        real *th, *tc, *ty, *tcells;
+    };
+
+    void plan(Workspace& workspace, const DualArguments<real>& a, int64_t d, const Rows& r) {
+        Base::plan(workspace, a, d, r);
+        dual = &a, tw = a.tweights[d];
+        tih = workspace.take<real>(tw.weight_ih ? panels * I * 4 * L : 0);
+        thh = workspace.take<real>(tw.weight_hh ? panels * P * 4 * L : 0);
+        tbias = workspace.take<real>(4 * panels * L);
+        for (int k = 0; k < 2; k++) {
+            th[k] = workspace.take<real>(B * stride_h);
+            tc[k] = workspace.take<real>(B * stride_c);
+        }
+        const int64_t kept = has_input_part() ? B + a.sizes.grid.batches * Base::chunk_rows : 0;
+        tinput_part = workspace.take<real>(kept * stride_pre);
+    }
+
+    bool has_input_part() const { return dual->tx || tw.weight_ih; }
+
+    void prepare(int64_t thread, int64_t threads) {
+        Base::prepare(thread, threads);
+        const Range mine = share(panels, thread, threads);
+        for (int64_t p = mine.begin; p < mine.end; p++)
+            for (int g = 0; g < 4; g++) {
+                real* to = tih + p * I * 4 * L + g * L;
+                if (tw.weight_ih) pack_transposed(to, 4 * L, tw.weight_ih + g * H * I, p * L, H, I);
+                to = thh + p * P * 4 * L + g * L;
+                if (tw.weight_hh) pack_transposed(to, 4 * L, tw.weight_hh + g * H * P, p * L, H, P);
+                vec b = {};
+                if (tw.bias_ih) b += load(tw.bias_ih + g * H + p * L, H - p * L);
+                if (tw.bias_hh) b += load(tw.bias_hh + g * H + p * L, H - p * L);
+                store(tbias + (g * panels + p) * L, b);
+            }
+        const Range sequences = share(B, thread, threads);
+        for (int64_t b = sequences.begin; b < sequences.end; b++)
+            for (int k = 0; k < 2; k++) {
+                set(th[k] + b * stride_h, dual->th0, (direction * B + b) * P, P);
+                set(tc[k] + b * stride_c, dual->tc0, (direction * B + b) * H, H);
+            }
+    }
+
+    static void set(real* to, const real* from, int64_t at, int64_t n) {
+        if (from)
+            memcpy(to, from + at, n * sizeof(real));
+        else
+            memset(to, 0, n * sizeof(real));
+    }
+
+    void run(const Part& part, int64_t batch) const { Base::run_chunks(*this, part, batch); }
+
+    void project(const Part& part, const Chunk& chunk) const {
+        Base::project(part, chunk);
+        if (dual->tx)
+            Base::project(part, chunk, {this, dual->tx, ih, nullptr, false, nullptr}, tinput_part);
+        if (tw.weight_ih)
+            Base::project(part, chunk, {this, args->x, tih, nullptr, dual->tx != nullptr, nullptr},
+                          tinput_part);
+    }
+
+    void run_step(const Part& part, const Chunk& chunk, int64_t t, int64_t s) const {
+        DualStep step;
+        static_cast<Step&>(step) = Base::step_at(t, s, input_rows(t, chunk, input_part));
+        const int64_t start = rows.start(t);
+        step.tpre = has_input_part() ? input_rows(t, chunk, tinput_part) : nullptr;
+        step.th_prev = th[s & 1], step.th = th[~s & 1];
+        step.tc_prev = tc[s & 1], step.tc = tc[~s & 1];
+        step.ty = dual->ty + (start * args->sizes.D + direction) * P;
+        if (step.cells) step.tcells = dual->tcells + (direction * rows.start(T) + start) * H;
+        part.cover(DualTile{this, &step}, 0, rows.alive(t), panels);
+        part.barrier_wait();
+    }
+
+    void finish(const Range& mine) const {
+        Base::finish(mine);
+        Base::finish(mine, th, tc, dual->th_n, dual->tc_n);
+    }
+
+    struct DualTile {
+        static constexpr int max_rows = wide_rows;
+        const Dual* self;
+        const DualStep* step;
+
+        template <int ROWS>
+        NOINLINE void tile(int64_t row, int64_t panel) const {
+            const Dual& f = *self;
+            const int64_t u = panel * L, lanes = f.H - u;
+            const real* const h_prev = step->h_prev + row * f.stride_h;
+            const real* const hh = f.hh + panel * f.P * 4 * L;
+            vec sum[ROWS][4], tsum[ROWS][4];
+            clear(sum), clear(tsum);
+            add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);
+            add_product(tsum, step->th_prev + row * f.stride_h, f.stride_h, hh, 4 * L, f.P);
+            if (f.tw.weight_hh)
+                add_product(tsum, h_prev, f.stride_h, f.thh + panel * f.P * 4 * L, 4 * L, f.P);
+            for (int r = 0; r < ROWS; r++) {
+                const int64_t at = (row + r) * f.stride_pre + u;
+                for (int g = 0; g < 4; g++) {
+                    sum[r][g] += load(step->pre + at + g * f.H, lanes);  // F1
+                    tsum[r][g] += load(f.tbias + (g * f.panels + panel) * L);  // R1
+                    if (step->tpre) tsum[r][g] += load(step->tpre + at + g * f.H, lanes);
+                }
+                f.dual_gate_math(*step, row + r, u, sum[r], tsum[r]);
+            }
+        }
+    };
+
+    // F2 to F7 and R2 to R7 for units u to u + L of sequence b.
+    NOINLINE void dual_gate_math(const DualStep& step, int64_t b, int64_t u, const vec (&pre)[4],
+                                 const vec (&tpre)[4]) const {
+        const int64_t lanes = H - u;
+        auto peep = [&](const real* weight, vec c) {
+            return weight ? c * load(weight + u, lanes) : vec{};
+        };
+        const vec c_prev = load(step.c_prev + b * stride_c + u, lanes);
+        const vec tc_prev = load(step.tc_prev + b * stride_c + u, lanes);
+        const vec i = sigmoid<real>(pre[0] + peep(w.weight_ci, c_prev));  // F2
+        const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, c_prev));  // F3
+        const vec g = ::tanh<real>(pre[2]);                               // F4
+        const vec c_new = f * c_prev + i * g;                             // F5
+        const vec tpre_i = tpre[0] + peep(w.weight_ci, tc_prev) + peep(tw.weight_ci, c_prev);
+        const vec tpre_f = tpre[1] + peep(w.weight_cf, tc_prev) + peep(tw.weight_cf, c_prev);
+        const vec ti = i * ((real)1 - i) * tpre_i;                        // R2
+        const vec tf = f * ((real)1 - f) * tpre_f;                        // R3
+        const vec tg = ((real)1 - g * g) * tpre[2];                       // R4
+        const vec tc_new = tf * c_prev + f * tc_prev + ti * g + i * tg;   // R5
+        const vec o = sigmoid<real>(pre[3] + peep(w.weight_co, c_new));   // F6
+        const vec tpre_o = tpre[3] + peep(w.weight_co, tc_new) + peep(tw.weight_co, c_new);
+        const vec to = o * ((real)1 - o) * tpre_o;                        // R6
+        const vec tanh_c = ::tanh<real>(c_new);
+        const vec m = o * tanh_c;                                                // F7
+        const vec tm = to * tanh_c + o * ((real)1 - tanh_c * tanh_c) * tc_new;   // R7
+        store(step.c + b * stride_c + u, c_new, lanes);
+        store(step.tc + b * stride_c + u, tc_new, lanes);
+        if (step.cells) {
+            store(step.cells + b * H + u, c_new, lanes);
+            store(step.tcells + b * H + u, tc_new, lanes);
+        }
+        const int64_t output = b * args->sizes.D * P + u;
+        store(step.h + b * stride_h + u, m, lanes), store(step.y + output, m, lanes);
+        store(step.th + b * stride_h + u, tm, lanes), store(step.ty + output, tm, lanes);
+    }
+};
+
+}  // namespace

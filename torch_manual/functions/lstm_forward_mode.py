@@ -1,0 +1,69 @@
+"""Forward mode with nothing else: a pass and its tangent in one go, without a graph.
+
+Where one `torch.func.jvp` or one `forward_ad.dual_level` is all that looks at a layer, nothing has
+to be kept for another transform, and an `autograd.Function` would take longer than the kernel of a
+small layer. Any other combination goes through LSTMFunctionEager.jvp in lstm.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
+
+from torch_manual.functions._autocast import autocast_off
+from torch_manual.kernels.lstm_dual import lstm_dual
+
+_functorch = torch._C._functorch
+_is_wrapped = _functorch.is_functorch_wrapped_tensor
+
+
+def lstm_forward_mode(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    return_cells: bool,
+) -> tuple[Tensor, ...] | None:
+    """Return y, h_n, c_n and cells as dual tensors (F1 to F8, R1 to R8).
+
+    Without `return_cells` no cells are made, and c0 stands in their place.
+
+    None where something else than one level of forward mode is at work: a reverse pass that may
+    follow, another transform, torch.compile.
+    """
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return None
+    level = None
+    if stack := _functorch.get_interpreter_stack():
+        if len(stack) > 1 or stack[0].key() != _functorch.TransformType.Jvp:
+            return None
+        level = stack[0].level()
+    parts = [_unpack(t, level) for t in (x, h0, c0, *weights)]
+    if any(t is not None and (t.requires_grad or _is_wrapped(t)) for dual in parts for t in dual):
+        return None
+    (x, tx), (h0, th0), (c0, tc0) = parts[:3]  # type: ignore[assignment]
+    weights, tweights = zip(*parts[3:], strict=True)
+    lowered = nullcontext() if level is None else retrieve_current_functorch_interpreter().lower()
+    with torch.no_grad(), lowered, autocast_off(x):
+        out, tout = lstm_dual(tx, th0, tc0, tweights, x, h0, c0, batch_sizes, weights, return_cells)
+    if level is not None:
+        out, tout = (tuple(_functorch._wrap_for_grad(t, level) for t in ts) for ts in (out, tout))
+    y, h_n, c_n, *cells = map(forward_ad.make_dual, out, tout)
+    return y, h_n, c_n, cells[0] if cells else c0
+
+
+def _unpack(t: Tensor | None, level: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """A primal and its tangent, or None for none; out of functorch's wrappers of `level`."""
+    if t is None or (level is not None and not _is_wrapped(t)):
+        return t, None
+    primal, tangent = forward_ad.unpack_dual(t)
+    if level is not None:
+        primal = _functorch._unwrap_for_grad(primal, level)
+        tangent = None if tangent is None else _functorch._unwrap_for_grad(tangent, level)
+    return primal, tangent

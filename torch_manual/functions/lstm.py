@@ -139,16 +139,7 @@ class LSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
-        outer = outer[:4]
-        if all(t is None for t in outer):
-            return (None,) * len(ctx.needs_input_grad)
-        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = LSTMGradientFunction.apply(needs, *outer, *ctx.saved_tensors)
-        else:
-            gradients = lstm_gradients(needs, outer, Primal.of(ctx.saved_tensors))
-        dx, dh0, dc0, _, _, *dweights = gradients
-        return dx, dh0, dc0, None, *dweights
+        return _backward(ctx, outer[:4])
 
 
 class LSTMFunctionWithoutCells(LSTMFunction):
@@ -158,6 +149,10 @@ class LSTMFunctionWithoutCells(LSTMFunction):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[3:])
         _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, (*outer[:3], None))
 
 
 class LSTMFunctionEager(LSTMFunction):
@@ -204,6 +199,18 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     y, _, _, cells, gates = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, h0, c0, batch_sizes, y, gates, cells, *weights)
+
+
+def _backward(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if all(t is None for t in outer):
+        return (None,) * len(ctx.needs_input_grad)
+    needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        gradients = LSTMGradientFunction.apply(needs, *outer, *ctx.saved_tensors)
+    else:
+        gradients = lstm_gradients(needs, outer, Primal.of(ctx.saved_tensors))
+    dx, dh0, dc0, _, _, *dweights = gradients
+    return dx, dh0, dc0, None, *dweights
 
 
 def _needs_graph(*tensors: Tensor | None) -> bool:

@@ -48,6 +48,8 @@ EXPORT int lstm_weight_sums_float32(const WeightSumsArguments<float>* a) {
 EXPORT int lstm_weight_sums_float64(const WeightSumsArguments<double>* a) {
     return run_sums<WeightSums<double>>(*a);
 }
+EXPORT int lstm_gradients_float32(const GradientsArguments<float>* a) { return run_gradients(*a); }
+EXPORT int lstm_gradients_float64(const GradientsArguments<double>* a) { return run_gradients(*a); }
 
 // The best of the instruction sets built that this processor has.
 EXPORT const char* best_instruction_set() {

@@ -4,7 +4,7 @@
 // multiplied with are packed.
 #pragma once
 
-#include "lstm.h"
+#include "lstm_backward.h"
 
 namespace {
 
@@ -26,6 +26,20 @@ struct WeightSumsArguments {
     real* dweight_ih;             // (S, M, I), or null
     real* dweight_hh;             // (S, M, P), or null
     real* dbias;                  // (S, M), or null
+    // h_prev may be what the steps put out instead, h (N, stride_h), with S = 1:
+    const real* h0;              // (B, P), or null
+    int64_t stride_h, reverse;
+    int64_t T, B;
+    const int64_t* batch_sizes;  // as in Sizes
+};
+
+// A backward pass and all sums that follow it.
+template <typename real>
+struct GradientsArguments {
+    BackwardArguments<real> backward;
+    InputSumsArguments<real> input;      // if its dx is not null
+    WeightSumsArguments<real> weight[2];  // if anything is asked for
+    real* dbias_hh[2];                   // (M,), a copy of dbias, or null
 };
 
 template <typename real>
@@ -123,13 +137,42 @@ struct WeightSums {
         const auto& a = *args;
         const Range mine = share(tiles(), thread, threads);
         real* columns = packed_columns + thread * depth * V * L;
+        const real* rows[depth];
+        Position at = {0, 0, 0};
         for (int64_t s = 0; s < a.samples; s++)
             for (int64_t n = 0; n < a.N; n += depth) {
                 const Terms terms = {s, n, least(depth, a.N - n)};
                 pack(mine, terms);
-                if (a.dweight_ih) add_columns(mine, columns, a.x, a.dweight_ih, a.I, terms);      // B11
-                if (a.dweight_hh) add_columns(mine, columns, a.h_prev, a.dweight_hh, a.P, terms);  // B12
+                if (a.dweight_ih) {
+                    for (int64_t k = 0; k < terms.count; k++) rows[k] = row(a.x, a.I, terms, k);
+                    add_columns(mine, columns, rows, a.dweight_ih, a.I, terms);  // B11
+                }
+                if (a.dweight_hh) {
+                    for (int64_t k = 0; k < terms.count; k++)
+                        rows[k] = a.h0 ? before(at) : row(a.h_prev, a.P, terms, k);
+                    add_columns(mine, columns, rows, a.dweight_hh, a.P, terms);  // B12
+                }
             }
+    }
+
+    // Sequence b at step t, whose first row is `start`.
+    struct Position {
+        int64_t t, b, start;
+    };
+
+    int64_t alive(int64_t t) const {
+        if (t < 0 || t >= args->T) return 0;
+        return args->batch_sizes ? args->batch_sizes[t] : args->B;
+    }
+
+    // Where h_{t-1} lies; `at` goes on to the next row.
+    const real* before(Position& at) const {
+        const auto& a = *args;
+        const int64_t size = alive(at.t), b = at.b;
+        const int64_t start = at.start + (a.reverse ? size : -alive(at.t - 1));
+        const bool first = a.reverse ? b >= alive(at.t + 1) : at.t == 0;
+        if (++at.b == size) at = {at.t + 1, 0, at.start + size};
+        return first ? a.h0 + b * a.P : a.h_prev + (start + b) * a.stride_h;
     }
 
     // Rows `first` to `first + count` of a sample.
@@ -167,8 +210,8 @@ struct WeightSums {
         }
     }
 
-    // Adds dpreᵀ `from` over the terms to `to`, or for the first terms sets it.
-    void add_columns(Range mine, real* columns, const real* from, real* to, int64_t width,
+    // Adds dpreᵀ times `rows` over the terms to `to`, or for the first terms sets it.
+    void add_columns(Range mine, real* columns, const real* const* rows, real* to, int64_t width,
                      const Terms& terms) const {
         to += terms.sample * args->M * width;
         for (int64_t first = 0; first < width; first += V * L) {
@@ -177,7 +220,7 @@ struct WeightSums {
                 for (int64_t v = 0; v < vectors; v++) {
                     const int64_t column = first + v * L;
                     store(columns + (k * vectors + v) * L,
-                          load(row(from, width, terms, k) + column, width - column));
+                          load(rows[k] + column, width - column));
                 }
             for (int64_t t = mine.begin; t < mine.end; t++) {
                 real* at = to + t * R * width + first;
@@ -229,6 +272,19 @@ int run_sums(const Arguments& a) {
         everyone.wait();
         sums.run(thread, grid.size());
     });
+    return 0;
+}
+
+template <typename real>
+int run_gradients(const GradientsArguments<real>& a) {
+    if (run_layer<Backward<real>>(a.backward)) return 1;
+    if (a.input.dx && run_sums<InputSums<real>>(a.input)) return 1;
+    for (int64_t d = 0; d < a.input.D; d++) {
+        const WeightSumsArguments<real>& sums = a.weight[d];
+        if (!sums.dweight_ih && !sums.dweight_hh && !sums.dbias) continue;
+        if (run_sums<WeightSums<real>>(sums)) return 1;
+        if (a.dbias_hh[d]) memcpy(a.dbias_hh[d], sums.dbias, sums.M * sizeof(real));
+    }
     return 0;
 }
 

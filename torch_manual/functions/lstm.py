@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
-from torch_manual.functions._signature import keep_signature
+from torch_manual.functions._function import PositionalFunction, keep_signature
 from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
 from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
 from torch_manual.functions.lstm_recompute import LSTMRecomputeFunction
@@ -155,7 +155,7 @@ class LSTMFunctionWithoutCells(LSTMFunction):
         return _backward(ctx, (*outer[:3], None))
 
 
-class LSTMFunctionEager(LSTMFunction):
+class LSTMFunctionEager(LSTMFunction, PositionalFunction):
     """`LSTMFunction` with forward mode, which torch.compile refuses to trace."""
 
     @staticmethod

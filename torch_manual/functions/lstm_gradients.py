@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_manual.functions._autocast import autocast_off
+from torch_manual.kernels import cpu_gradients
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward
 from torch_manual.kernels.lstm_sums import apart, lstm_input_sums, lstm_weight_sums
 from torch_manual.kernels.lstm_tangent import lstm_backward_tangent, lstm_tangent
@@ -69,10 +70,15 @@ def lstm_gradients(
         samples: if given, rows hold this many samples side by side, (row, sample), whose weights'
             gradients are kept apart: these and dx then have a leading dimension of samples.
     """
+    in_blocks = samples is None and not torch.compiler.is_compiling()
     with autocast_off(p.gates):
+        if in_blocks and p.x.shape[0] < 2 * BLOCK_ROWS:
+            at_once = cpu_gradients.lstm_gradients(needs, outer, *p)
+            if at_once is not None:
+                return at_once
         dpre, dh, dh0, dc0 = lstm_backward(*outer, p.c0, p.batch_sizes, p.weights, p.gates, p.cells)
         parts: list[slice | None] = [None]
-        if samples is None and not torch.compiler.is_compiling():
+        if in_blocks:
             found = blocks(p.x.shape[0], p.h0.shape[1], p.batch_sizes)
             parts = [block.rows for block in found] if len(found) > 1 else parts
         dx = None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_manual.functions._signature import keep_signature
+from torch_manual.functions._function import PositionalFunction, keep_signature
 from torch_manual.functions.lstm_gradients import (
     Primal,
     Tensors,
@@ -18,7 +18,7 @@ from torch_manual.functions.lstm_gradients import (
 )
 
 
-class LSTMGradientFunction(torch.autograd.Function):
+class LSTMGradientFunction(PositionalFunction):
     """Jᵀ d: (needs, dy, dh_n, dc_n, dcells, *primal) → (dx, dh0, dc0, dpre, dh, *dweights)."""
 
     @staticmethod
@@ -81,7 +81,7 @@ class LSTMGradientFunction(torch.autograd.Function):
         return outputs, tuple(None if t is None else d for t, d in zip(outputs, dims, strict=True))
 
 
-class LSTMTangentFunction(torch.autograd.Function):
+class LSTMTangentFunction(PositionalFunction):
     """J u: (*u, *primal) → tangents of (y, h_n, c_n, cells, gates)."""
 
     @staticmethod
@@ -122,7 +122,7 @@ class LSTMTangentFunction(torch.autograd.Function):
         return vmap_by_loop(LSTMTangentFunction, info, in_dims, *tensors)
 
 
-class LSTMSecondFunction(torch.autograd.Function):
+class LSTMSecondFunction(PositionalFunction):
     """R{Jᵀ d} along u, the end of the line: its own derivative would be of third order."""
 
     @staticmethod

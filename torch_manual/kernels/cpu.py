@@ -37,6 +37,7 @@ _FUNCTIONS = (
     "lstm_backward_tangent",
     "lstm_input_sums",
     "lstm_weight_sums",
+    "lstm_gradients",
 )
 HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
@@ -199,6 +200,7 @@ def threads(work: int) -> int:
 # Sizes take twelve words; then come `unpacked` and eight pointers, or eleven and a stride.
 FORWARD_WORDS = 12 + 9 + 2 * _WEIGHTS
 BACKWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
+WEIGHT_SUMS_WORDS = 12 + 6
 _forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
 _dual_arguments = struct.Struct(f"{FORWARD_WORDS + 7 + 2 * _WEIGHTS}q").pack
 _backward_arguments = struct.Struct(f"{BACKWARD_WORDS}q").pack
@@ -359,13 +361,7 @@ def lstm_backward(
         for out, given in ((dh0, dh_n), (dc0, dc_n)):
             out.zero_() if given is None else out.copy_(given)
         return dpre, dh, dh0, dc0
-    stride_dy = 0
-    if dy is not None:
-        if dy.stride(0) == 0:
-            dy = dy[:1].contiguous()  # one row stands for all, as in the gradient of y.sum()
-        else:
-            dy = dy if dy.stride(1) == 1 else dy.contiguous()
-            stride_dy = dy.stride(0)
+    dy, stride_dy = rows_of(dy)
     work = N * 4 * H * P
     call(
         "lstm_backward",
@@ -380,6 +376,16 @@ def lstm_backward(
         ),
     )
     return dpre, dh, dh0, dc0
+
+
+def rows_of(dy: Tensor | None) -> tuple[Tensor | None, int]:
+    """`dy` with dense rows, and the stride between them: 0 where one row stands for all."""
+    if dy is None:
+        return None, 0
+    if dy.stride(0) == 0:  # as in the gradient of y.sum()
+        return dy[:1].contiguous(), 0
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    return dy, dy.stride(0)
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch_manual.kernels import cpu
 
 DTYPES = (torch.float32, torch.float64)
 _input_sums_arguments = struct.Struct("10q").pack
-_weight_sums_arguments = struct.Struct("12q").pack
+_NOT_DELAYED = (0,) * 6
+_weight_sums_arguments = struct.Struct(f"{cpu.WEIGHT_SUMS_WORDS}q").pack
 
 
 def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:
@@ -59,6 +60,7 @@ def lstm_weight_sums(
             *(N, *widths, M, cpu.threads(N * S * M * sum(widths)), S, dpre.data_ptr()),
             *(0 if t is None else t.data_ptr() for t in given),
             *(t.data_ptr() for t in results),
+            *_NOT_DELAYED,
         ),
     )
     return results[0], results[1], results[2]

@@ -1,0 +1,122 @@
+"""A backward pass and its sums in one call of the compiled kernel, beside the ops one by one."""
+
+import itertools
+
+import pytest
+import torch
+
+import torch_manual
+from kernel_problems import BUILT, CLASSES, GRIDS, SIZES, error, problem
+from torch_manual.functions import lstm_gradients as functions
+from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
+from torch_manual.kernels import cpu, cpu_gradients
+from torch_manual.kernels.lstm import lstm_forward
+
+pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
+
+SERVED = [n for n, c in CLASSES.items() if not {"projection", "peepholes"} & c.keys()]
+
+
+def primal(p):
+    y, _, _, gates, cells = lstm_forward(*p[:5], True)
+    return Primal(*p[:4], y, gates, cells, p.weights)
+
+
+def all_of(p):
+    return True, True, True, *(w is not None for w in p.weights)
+
+
+def gradients(p, needs=None, outer=None, backend="cpu"):
+    """Where needed, dx, dh0, dc0 and the weights' gradients; dpre and dh always."""
+    with torch_manual.use_backend(backend):
+        return lstm_gradients(needs or all_of(p), p.outer if outer is None else outer, primal(p))
+
+
+def given(tensors):
+    return [t for t in tensors if t is not None]
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    return lambda: monkeypatch.setattr(cpu_gradients, "lstm_gradients", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_agrees_with_plain_torch(instruction_set, name):
+    for sizes in SIZES:
+        p = problem(*sizes, **CLASSES[name])
+        right = given(gradients(p, backend="eager"))
+        for grid in GRIDS:
+            with cpu.override(instruction_set=instruction_set, grid=grid):
+                ours = given(gradients(p))
+            assert (error(ours, right) <= 1e-11).all(), (sizes, grid, error(ours, right))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_is_to_the_bit_what_the_ops_give(name, one_by_one):
+    problems = [problem(*sizes, **CLASSES[name]) for sizes in (*SIZES, (70, 5, 3, 9))]
+    with cpu.override(grid=GRIDS[0]):
+        ours = [given(gradients(p)) for p in problems]
+        one_by_one()
+        right = [given(gradients(p)) for p in problems]
+    for a, b in zip(ours, right, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "packed", "no-bias"])
+def test_any_gradient_may_be_missing(name):
+    p = problem(4, 3, 2, 5, **CLASSES[name])
+    n = 3 + len(p.weights)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        needs = (torch.rand(n, generator=generator) < 0.5).tolist()
+        needs = [a and (k < 3 or p.weights[k - 3] is not None) for k, a in enumerate(needs)]
+        outer = [t if torch.rand((), generator=generator) < 0.5 else None for t in p.outer]
+        ours, right = gradients(p, needs, outer), gradients(p, needs, outer, "eager")
+        assert [t is None for t in ours] == [t is None for t in right], needs
+        assert (error(given(ours), given(right)) <= 1e-12).all(), needs
+
+
+def test_both_biases_have_gradients_of_their_own():
+    for needs in itertools.product((False, True), repeat=2):
+        p = problem(4, 3, 2, 5)
+        all_five = (True,) * 5
+        *_, b_ih, b_hh, _, _, _, _ = gradients(p, (*all_five, *needs, *[False] * 4))
+        assert [t is not None for t in (b_ih, b_hh)] == [*needs]
+        if all(needs):
+            assert torch.equal(b_ih, b_hh)
+            assert b_ih.data_ptr() != b_hh.data_ptr()
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSES if n not in SERVED])
+def test_leaves_what_it_does_not_serve_to_the_ops(name):
+    p = problem(4, 3, 2, 5, **CLASSES[name])
+    assert cpu_gradients.lstm_gradients(all_of(p), p.outer, *primal(p)) is None
+
+
+def test_any_layout():
+    p = problem(3, 5, 4, 7)
+    expected = given(gradients(p))
+    weights = [None if w is None else w.mT.contiguous().mT for w in p.weights[:2]] + p.weights[2:]
+    strided = p._replace(
+        x=p.x.mT.contiguous().mT,
+        weights=weights,
+        outer=tuple(t.mT.contiguous().mT for t in p.outer),
+    )
+    assert all(map(torch.equal, given(gradients(strided)), expected))
+    one_row = torch.ones(1, 7, dtype=p.x.dtype)
+    outer = one_row.expand(15, 7), None, None, None
+    repeated = one_row.repeat(15, 1), None, None, None
+    for a, b in zip(
+        given(gradients(p, None, outer)), given(gradients(p, None, repeated)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_long_batches_are_left_to_the_ops_in_blocks(monkeypatch):
+    monkeypatch.setattr(functions, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(cpu_gradients, "lstm_gradients", None)
+    p = problem(20, 2, 3, 4)
+    right = given(gradients(p, backend="eager"))
+    assert (error(given(gradients(p)), right) <= 1e-12).all()

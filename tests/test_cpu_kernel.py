@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,6 +318,23 @@ def test_memory_does_not_grow():
 
     before = calls(500)
     assert calls(10_000) - before < 4 << 10  # KiB; 430 bytes lost a call would show
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_large_calls_is_given_back():
+    """Borrowed blocks are kept for the next call, if not too large; a larger one takes its place."""
+    layers = [torch_manual.LSTM(8, H) for H in (300, 600, 2100)]
+    x = torch.randn(14, 1, 8)
+
+    def calls(n):
+        for _ in range(n):
+            for m in layers:
+                m(x)[0].sum().backward()
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
+
+    before = calls(3)
+    assert calls(9) - before < 24 << 20
 
 
 def test_backend_choice():

@@ -61,8 +61,8 @@ struct Forward {
             c[k] = workspace.take<real>(B * stride_c);
         }
         m = workspace.take<real>(w.weight_hr ? B * stride_c : 0);
-        stride_pre = a.gates ? 4 * H : row_stride<real>(4 * H);
-        const bool unused = a.gates || (!packed() && !full());
+        stride_pre = tangent ? 4 * H : row_stride<real>(4 * H);
+        const bool unused = tangent || (!packed() && !full());
         const int64_t kept = unused ? 0 : B + s.grid.batches * chunk_rows;
         input_part = workspace.take<real>(kept * stride_pre);
     }
@@ -150,7 +150,7 @@ struct Forward {
 
     // Where the input part of step t lies (as if of sequence 0).
     real* input_rows(int64_t t, const Chunk& chunk, real* buffer) const {
-        if (args->gates) return args->gates + (direction * rows.start(T) + rows.start(t)) * 4 * H;
+        if (tangent) return args->gates + (direction * rows.start(T) + rows.start(t)) * 4 * H;
         buffer += chunk.at * stride_pre;
         if (chunk.whole) return buffer + (rows.start(t) - rows.start(chunk.low)) * stride_pre;
         const Range& mine = chunk.mine;
@@ -248,7 +248,7 @@ struct Forward {
             const Forward& f = *self;
             vec sum[ROWS][4];
             clear(sum);
-            if (f.args->gates)  // then `pre` is memory not seen for long
+            if (tangent)  // then `pre` is memory not seen for long
                 for (int r = 0; r < ROWS; r++)
                     for (int g = 0; g < 4; g++)
                         __builtin_prefetch(pre + (row + r) * f.stride_pre + g * f.H + panel * L, 1);
@@ -276,8 +276,10 @@ struct Forward {
             clear(sum);
             if constexpr (tangent)
                 for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
-            else if (step->cells)
+            else if (step->gates)  // memory not seen for long
                 for (int r = 0; r < ROWS; r++) {
+                    for (int g = 0; g < 4; g++)
+                        __builtin_prefetch(step->gates + (row + r) * 4 * f.H + g * f.H + u, 1);
                     __builtin_prefetch(step->cells + (row + r) * f.H + u, 1);
                     __builtin_prefetch(step->y + (row + r) * f.args->sizes.D * f.P + u, 1);
                 }

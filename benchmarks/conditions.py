@@ -1,0 +1,134 @@
+"""Ours beside stock with the machine or the numbers against them: `python -m benchmarks.conditions`.
+
+- busy core: another process keeps one of the cores busy, for every second measurement;
+- denormals: x, h_0 and c_0 of 1e-40.
+
+A row says how many times as long a call takes as it does otherwise, for stock and for ours, and
+stock's time over ours then. Ours is not to be slowed more than stock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import torch_manual
+from benchmarks.machine import describe
+from benchmarks.measure import block, no_garbage_collection
+
+RESULTS = Path(__file__).parent / "results"
+HEAD = ("condition", "pass", "T B I H", "stock", "ours", "stock's time over ours", "")
+SHAPES = ((128, 16, 64, 64), (128, 32, 128, 128), (512, 8, 256, 256), (1000, 1, 64, 64))
+DENORMAL = 1e-40
+NOISE = 1.05  # measurements of the same thing differ by as much
+
+Block = Callable[[], float]
+
+
+def blocks(sizes: Sequence[int], training: bool, scale: float = 1.0) -> tuple[Block, Block]:
+    """Stock and ours, on the same weights and inputs."""
+    T, B, I, H = sizes
+    stock, ours = nn.LSTM(I, H), torch_manual.LSTM(I, H)
+    ours.load_state_dict(stock.state_dict())
+    x, h, c = (scale * torch.randn(size) for size in ((T, B, I), (1, B, H), (1, B, H)))
+    dy = torch.randn(T, B, H)
+    x.requires_grad_(training)
+
+    def of(module: nn.Module) -> Block:
+        leaves = [x, *module.parameters()]
+
+        def step() -> object:
+            with torch.set_grad_enabled(training):
+                y, _ = module(x, (h, c))
+            return torch.autograd.grad(y, leaves, dy) if training else y
+
+        return block(step, lambda: None, seconds=0.02)
+
+    return of(stock), of(ours)
+
+
+@contextmanager
+def busy_core() -> Iterator[Callable[[bool], None]]:
+    """A process on one of our cores, to be switched on and off."""
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", spin])
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield lambda on: process.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def slowdown(calm: Sequence[Block], hard: Sequence[Block], switch: Callable, seconds: float) -> tuple:
+    """How much longer stock and ours take, and stock's time over ours, as medians over rounds."""
+    rounds = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rounds) < 3:
+        order = 1 if len(rounds) % 2 else -1
+        before = [run() for run in calm[::order]][::order]
+        switch(True)
+        during = [run() for run in hard[::order]][::order]
+        switch(False)
+        rounds.append((*(d / b for b, d in zip(before, during, strict=True)), during[0] / during[1]))
+    return tuple(map(statistics.median, zip(*rounds, strict=True)))
+
+
+def rows(seconds: float) -> Iterator[tuple[str, ...]]:
+    for training in (False, True):
+        for sizes in SHAPES:
+            calm, tiny = blocks(sizes, training), blocks(sizes, training, DENORMAL)
+            with busy_core() as switch:
+                busy = slowdown(calm, calm, switch, seconds)
+            denormal = slowdown(calm, tiny, lambda _: None, seconds)
+            for name, (stock, ours, ratio) in (("busy core", busy), ("denormals", denormal)):
+                yield (
+                    name,
+                    "training" if training else "inference",
+                    " ".join(map(str, sizes)),
+                    f"{stock:.2f} ×",
+                    f"{ours:.2f} ×",
+                    f"{ratio:.2f}",
+                    "" if ours <= NOISE * stock else "slowed more than stock",
+                )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.conditions", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a row")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of conditions.md")
+    options = parser.parse_args(arguments)
+    if not hasattr(os, "sched_setaffinity"):
+        print("benchmarks: only Linux lets a process be kept on one core", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    found = []
+    with no_garbage_collection():
+        for row in rows(options.seconds):
+            found.append(row)
+            print("  ".join(row), flush=True)
+    lines = ["# Under other conditions", ""]
+    lines += [f"- {name}: {fact}" for name, fact in describe().items()]
+    lines += [f"- threads: {torch.get_num_threads()}", ""]
+    lines += [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *found)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "conditions.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

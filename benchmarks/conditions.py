@@ -1,4 +1,4 @@
-"""Ours beside stock with the machine or the numbers against them: `python -m benchmarks.conditions`.
+"""Ours beside stock with machine or numbers against them: `python -m benchmarks.conditions`.
 
 - busy core: another process keeps one of the cores busy, for every second measurement;
 - denormals: x, h_0 and c_0 of 1e-40.
@@ -72,9 +72,11 @@ def busy_core() -> Iterator[Callable[[bool], None]]:
         process.wait()
 
 
-def slowdown(calm: Sequence[Block], hard: Sequence[Block], switch: Callable, seconds: float) -> tuple:
+def slowdown(
+    calm: Sequence[Block], hard: Sequence[Block], switch: Callable[[bool], None], seconds: float
+) -> tuple[float, ...]:
     """How much longer stock and ours take, and stock's time over ours, as medians over rounds."""
-    rounds = []
+    rounds: list[tuple[float, ...]] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds) < 3:
         order = 1 if len(rounds) % 2 else -1
@@ -82,7 +84,8 @@ def slowdown(calm: Sequence[Block], hard: Sequence[Block], switch: Callable, sec
         switch(True)
         during = [run() for run in hard[::order]][::order]
         switch(False)
-        rounds.append((*(d / b for b, d in zip(before, during, strict=True)), during[0] / during[1]))
+        slower = [d / b for b, d in zip(before, during, strict=True)]
+        rounds.append((*slower, during[0] / during[1]))
     return tuple(map(statistics.median, zip(*rounds, strict=True)))
 
 

@@ -322,7 +322,7 @@ def test_memory_does_not_grow():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_large_calls_is_given_back():
-    """Borrowed blocks are kept for the next call, if not too large; a larger one takes its place."""
+    """A borrowed block is kept for the next call if not too large, until a larger one is."""
     layers = [torch_manual.LSTM(8, H) for H in (300, 600, 2100)]
     x = torch.randn(14, 1, 8)
 

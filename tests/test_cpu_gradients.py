@@ -105,6 +105,9 @@ def test_any_layout():
         outer=tuple(t.mT.contiguous().mT for t in p.outer),
     )
     assert all(map(torch.equal, given(gradients(strided)), expected))
+    saved = [None if t is None else t.mT.contiguous().mT for t in primal(p)[:7]]
+    of_strided = Primal(*saved, p.weights)
+    assert all(map(torch.equal, given(lstm_gradients(all_of(p), p.outer, of_strided)), expected))
     one_row = torch.ones(1, 7, dtype=p.x.dtype)
     outer = one_row.expand(15, 7), None, None, None
     repeated = one_row.repeat(15, 1), None, None, None

@@ -45,17 +45,7 @@ struct Dual : Forward<real> {
     void prepare(int64_t thread, int64_t threads) {
         Base::prepare(thread, threads);
         const Range mine = share(panels, thread, threads);
-        for (int64_t p = mine.begin; p < mine.end; p++)
-            for (int g = 0; g < 4; g++) {
-                real* to = tih + p * I * 4 * L + g * L;
-                if (tw.weight_ih) pack_transposed(to, 4 * L, tw.weight_ih + g * H * I, p * L, H, I);
-                to = thh + p * P * 4 * L + g * L;
-                if (tw.weight_hh) pack_transposed(to, 4 * L, tw.weight_hh + g * H * P, p * L, H, P);
-                vec b = {};
-                if (tw.bias_ih) b += load(tw.bias_ih + g * H + p * L, H - p * L);
-                if (tw.bias_hh) b += load(tw.bias_hh + g * H + p * L, H - p * L);
-                store(tbias + (g * panels + p) * L, b);
-            }
+        for (int64_t p = mine.begin; p < mine.end; p++) Base::pack_panel(p, tw, tih, thh, tbias);
         const Range sequences = share(B, thread, threads);
         for (int64_t b = sequences.begin; b < sequences.end; b++)
             for (int k = 0; k < 2; k++) {

@@ -71,18 +71,7 @@ struct Forward {
     void prepare(int64_t thread, int64_t threads) {
         const Range mine = share(panels, thread, threads);
         for (int64_t p = mine.begin; p < mine.end; p++) {
-            for (int g = 0; g < 4; g++) {
-                if (packed()) {
-                    real* to = ih + p * I * 4 * L + g * L;
-                    pack_transposed(to, 4 * L, w.weight_ih + g * H * I, p * L, H, I);
-                    to = hh + p * P * 4 * L + g * L;
-                    pack_transposed(to, 4 * L, w.weight_hh + g * H * P, p * L, H, P);
-                }
-                vec b = {};
-                if (w.bias_ih) b += load(w.bias_ih + g * H + p * L, H - p * L);
-                if (w.bias_hh) b += load(w.bias_hh + g * H + p * L, H - p * L);
-                store(bias + (g * panels + p) * L, b);
-            }
+            pack_panel(p, w, ih, hh, bias);
             if (full() && packed())
                 for (int v = 0; v < 2; v++)
                     pack_peephole(peep_if + p * H * 2 * L + v * L, v ? w.weight_cf : w.weight_ci, p);
@@ -101,6 +90,21 @@ struct Forward {
                 memcpy(h[k] + b * stride_h, args->h0 + (direction * B + b) * P, P * sizeof(real));
                 memcpy(c[k] + b * stride_c, args->c0 + (direction * B + b) * H, H * sizeof(real));
             }
+    }
+
+    // Panel p of weights and bias, of what is given.
+    void pack_panel(int64_t p, const Weights<real>& from, real* ih, real* hh, real* bias) const {
+        for (int g = 0; g < 4; g++) {
+            real *to_ih = ih + p * I * 4 * L + g * L, *to_hh = hh + p * P * 4 * L + g * L;
+            if (packed() && from.weight_ih)
+                pack_transposed(to_ih, 4 * L, from.weight_ih + g * H * I, p * L, H, I);
+            if (packed() && from.weight_hh)
+                pack_transposed(to_hh, 4 * L, from.weight_hh + g * H * P, p * L, H, P);
+            vec b = {};
+            if (from.bias_ih) b += load(from.bias_ih + g * H + p * L, H - p * L);
+            if (from.bias_hh) b += load(from.bias_hh + g * H + p * L, H - p * L);
+            store(bias + (g * panels + p) * L, b);
+        }
     }
 
     void pack_peephole(real* to, const real* weight, int64_t panel) const {

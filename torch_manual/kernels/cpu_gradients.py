@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from torch_manual.kernels import backend, cpu, memory
-from torch_manual.kernels.lstm import dispatched
+from torch_manual.kernels.cpu_sums import DTYPES
+from torch_manual.kernels.lstm import LSTMWeights, dispatched
 
-_DTYPES = (torch.float32, torch.float64)
-_N_WEIGHTS = 8
+_N_WEIGHTS = len(LSTMWeights._fields)
 _NOTHING = (0,) * cpu.WEIGHT_SUMS_WORDS
 _arguments = struct.Struct(f"{cpu.BACKWARD_WORDS + 10 + 2 * cpu.WEIGHT_SUMS_WORDS + 2}q").pack
 
@@ -39,7 +39,7 @@ def lstm_gradients(
     """
     dtype = x.dtype
     if (
-        dtype not in _DTYPES
+        dtype not in DTYPES
         or any(w is not None for k, w in enumerate(weights) if k % _N_WEIGHTS > 3)
         or len(x) == 0
         or dispatched(*outer, x, h0, c0, y, gates, cells, *weights)
@@ -49,7 +49,7 @@ def lstm_gradients(
         return None
     dy, stride_dy = cpu.rows_of(outer[0])
     dh_n, dc_n, dcells = (None if t is None else t.contiguous() for t in outer[1:])
-    x, h0, c0, gates, cells = (t.contiguous() for t in (x, h0, c0, gates, cells))
+    x, h0, c0, y, gates, cells = (t.contiguous() for t in (x, h0, c0, y, gates, cells))
     weights, pointers, _ = cpu.in_c_order(weights)
     (N, I), (D, B, H), M = x.shape, c0.shape, gates.shape[2]
     T, lengths = cpu.steps(N, B, batch_sizes)
@@ -74,17 +74,8 @@ def lstm_gradients(
         if b_ih and b_hh:
             copies[d] = dbias_hh
         threads = cpu.threads(N * M * (I * ih + H * hh))
-        sums += (
-            N,
-            I,
-            H,
-            M,
-            threads,
-            1,
-            at_dpre + d * N * M * size,
-            x.data_ptr(),
-            at_y + d * H * size,
-        )
+        sums += N, I, H, M, threads, 1
+        sums += at_dpre + d * N * M * size, x.data_ptr(), at_y + d * H * size
         sums += dweight_ih, dweight_hh, dbias_ih or dbias_hh
         sums += at_h0 + d * B * H * size, y.stride(0), d, T, B, lengths
     cpu.call(

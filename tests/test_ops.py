@@ -39,6 +39,11 @@ def test_opcheck(sample, dtype, peephole):
     saved = (c0, batch_sizes, weights, gates, cells)
     for outer in ((y, h_n, c_n, cells), (y, None, None, None), (None, None, c_n, None)):
         torch.library.opcheck(ops.lstm_backward.default, (*outer, *saved), test_utils=checks)
+    primal = x, h0, c0, batch_sizes, y, gates, cells
+    present = [t is not None for t in (x, h0, c0, *weights)]
+    for needs in (present, [k % 2 == 0 and given for k, given in enumerate(present)]):
+        given = needs, y, h_n, c_n, cells, *primal, weights
+        torch.library.opcheck(ops.lstm_gradients.default, given, test_utils=checks)
     dpre, h_prev = gates[0], previous(y[:, : h0.shape[2]], h0[0], batch_sizes)
     for given in ((x, h_prev, True), (None, h_prev, False), (x, None, True)):
         torch.library.opcheck(ops.lstm_weight_sums.default, (dpre, *given), test_utils=checks)

@@ -1,7 +1,4 @@
-"""`autograd.Function` without what its `apply` does for keyword arguments at every call.
-
-Binding arguments to a signature takes a tenth of the time of training a small layer for one step.
-"""
+"""What `autograd.Function`s share: positional arguments, one node in a compiled graph."""
 
 from __future__ import annotations
 
@@ -14,7 +11,11 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 class PositionalFunction(torch.autograd.Function):
-    """An `autograd.Function` whose `apply` takes positional arguments, all of them."""
+    """An `autograd.Function` whose `apply` takes positional arguments, all of them.
+
+    Binding arguments to a signature takes a tenth of the time of training a small layer for one
+    step.
+    """
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
@@ -33,3 +34,24 @@ def keep_signature(forward: Callable) -> Callable:
     kept: Any = forward
     kept.__signature__ = inspect.signature(forward)
     return forward
+
+
+def one_node(function: Callable) -> Callable:
+    """Decorate `function`, of tensors, so that torch.compile's graphs hold a call of it as it is.
+
+    Dynamo would trace an `autograd.Function` line by line: it then refuses jvp and vmap and guards
+    whatever the lines look at, at every call. `torch.compiler.allow_in_graph` ends that, but
+    imports all of Dynamo, so that it waits until Dynamo traces a call.
+    """
+
+    def allow() -> None:
+        torch.compiler.allow_in_graph(function)
+
+    allow._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run when traced
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            allow()
+        return function(*args)
+
+    return call

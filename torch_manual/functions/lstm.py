@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
-from torch_manual.functions._function import PositionalFunction, keep_signature
+from torch_manual.functions._function import PositionalFunction, keep_signature, one_node
+from torch_manual.functions.lstm_compiled import lstm_gradients_op
 from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
 from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
 from torch_manual.functions.lstm_recompute import LSTMRecomputeFunction
@@ -75,18 +76,13 @@ def lstm_layer(
     x, h0, c0, *flat = autocast_cast(x, h0, c0, *(t for w in weights for t in w))
     weights = by_direction(flat)
     _check(x, h0, c0, weights)
-    if torch.compiler.is_compiling() and h0 is c0:
-        c0 = c0.clone()
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if recompute is not None and torch.is_grad_enabled():
         y, h_n, c_n, _, _ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
     elif duals := lstm_forward_mode(rows, h0, c0, batch_sizes, flat, return_cells):
         y, h_n, c_n, cells = duals
     elif _needs_graph(x, h0, c0, *flat):
-        function: type[LSTMFunction] = LSTMFunctionEager
-        if torch.compiler.is_compiling():
-            function = LSTMFunction if return_cells else LSTMFunctionWithoutCells
-        y, h_n, c_n, cells, _ = function.apply(rows, h0, c0, batch_sizes, *flat)
+        y, h_n, c_n, cells, _ = _apply(rows, h0, c0, batch_sizes, *flat)
     else:
         with autocast_off(x):
             y, h_n, c_n, _, cells = lstm_forward(rows, h0, c0, batch_sizes, flat, return_cells)
@@ -116,7 +112,7 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
     return lstm_step(x, h, c, weights)
 
 
-class LSTMFunction(torch.autograd.Function):
+class LSTMFunction(PositionalFunction):
     """(x, h0, c0, weights) → (y, h_n, c_n, cells, gates)."""
 
     @staticmethod
@@ -134,36 +130,29 @@ class LSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[4])
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, outer[:4])
-
-
-class LSTMFunctionWithoutCells(LSTMFunction):
-    """`LSTMFunction` when nobody sees the cells: a compiled graph would send zeros for them."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[3:])
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, (*outer[:3], None))
-
-
-class LSTMFunctionEager(LSTMFunction, PositionalFunction):
-    """`LSTMFunction` with forward mode, which torch.compile refuses to trace."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        LSTMFunction.setup_context(ctx, inputs, output)
         x, h0, c0, batch_sizes, *weights = inputs
         y, _, _, cells, gates = output
-        ctx.save_for_forward(x, h0, c0, batch_sizes, y, gates, cells, *weights)
+        saved = x, h0, c0, batch_sizes, y, gates, cells, *weights
+        ctx.mark_non_differentiable(gates)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+        outer = outer[:4]
+        if all(t is None for t in outer):
+            return (None,) * len(ctx.needs_input_grad)
+        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
+        p = Primal.of(ctx.saved_tensors)
+        if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            gradients = lstm_gradients_op(needs, outer, p)
+        elif torch.is_grad_enabled():
+            gradients = LSTMGradientFunction.apply(needs, *outer, *ctx.saved_tensors)
+        else:
+            gradients = lstm_gradients(needs, outer, p)
+        dx, dh0, dc0, _, _, *dweights = gradients
+        return dx, dh0, dc0, None, *dweights
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -176,12 +165,12 @@ class LSTMFunctionEager(LSTMFunction, PositionalFunction):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
         if any(dim is not None for dim in in_dims[3:]):
-            return vmap_by_loop(LSTMFunctionEager, info, in_dims, *args)
+            return vmap_by_loop(LSTMFunction, info, in_dims, *args)
         x, h0, c0, batch_sizes, *weights = args
         n = info.batch_size
         if batch_sizes is not None:
             batch_sizes = batch_sizes * n
-        y, h_n, c_n, cells, gates = LSTMFunctionEager.apply(
+        y, h_n, c_n, cells, gates = LSTMFunction.apply(
             fold(x, in_dims[0], 1, n),
             fold(h0, in_dims[1], 2, n),
             fold(c0, in_dims[2], 2, n),
@@ -194,23 +183,9 @@ class LSTMFunctionEager(LSTMFunction, PositionalFunction):
         ), (1, 2, 2, 2, 2)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, h0, c0, batch_sizes, *weights = inputs
-    y, _, _, cells, gates = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, c0, batch_sizes, y, gates, cells, *weights)
-
-
-def _backward(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    if all(t is None for t in outer):
-        return (None,) * len(ctx.needs_input_grad)
-    needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        gradients = LSTMGradientFunction.apply(needs, *outer, *ctx.saved_tensors)
-    else:
-        gradients = lstm_gradients(needs, outer, Primal.of(ctx.saved_tensors))
-    dx, dh0, dc0, _, _, *dweights = gradients
-    return dx, dh0, dc0, None, *dweights
+@one_node
+def _apply(*args: Any) -> tuple[Tensor, ...]:
+    return LSTMFunction.apply(*args)
 
 
 def _needs_graph(*tensors: Tensor | None) -> bool:

@@ -2,7 +2,7 @@
 
 Where one `torch.func.jvp` or one `forward_ad.dual_level` is all that looks at a layer, nothing has
 to be kept for another transform, and an `autograd.Function` would take longer than the kernel of a
-small layer. Any other combination goes through LSTMFunctionEager.jvp in lstm.py.
+small layer. Any other combination goes through LSTMFunction.jvp in lstm.py.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ struct Dual : Forward<real> {
     };
 
     void plan(Workspace& workspace, const DualArguments<real>& a, int64_t d, const Rows& r) {
-        Base::plan(workspace, a, d, r);
+        Base::plan(workspace, a, d, r, false);
         dual = &a, tw = a.tweights[d];
         tih = workspace.take<real>(tw.weight_ih ? panels * I * 4 * L : 0);
         thh = workspace.take<real>(tw.weight_hh ? panels * P * 4 * L : 0);

@@ -13,6 +13,7 @@ struct Forward {
     using Arguments = std::conditional_t<tangent, TangentArguments<real>, ForwardArguments<real>>;
     using vec = vec_of<real>;
     static constexpr int L = Vector<real>::lanes;
+    static constexpr int64_t most_fused = 2 << 20;
     static constexpr int64_t chunk_rows = 96;  // the input projection is made for about so many rows
 
     const Arguments* args;
@@ -20,6 +21,7 @@ struct Forward {
     Weights<real> w;
     int64_t T, B, I, H, P, direction, reverse;
     int64_t panels, pairs, panels_p;  // of L units, of 2L units, of 2L outputs
+    bool fused;  // the input part is summed at its step, in registers
 
     // Borrowed memory. Panels: of L units, gate by gate, ih (I, 4, L) and hh (P, 4, L); peepholes
     // into i and f (H, 2, L); of 2L units or outputs: the peephole into o, and hr, (H, 2L).
@@ -42,7 +44,7 @@ struct Forward {
     bool full() const { return args->sizes.full_peepholes; }
     bool packed() const { return !args->unpacked; }
 
-    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r) {
+    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r, bool may_fuse = true) {
         args = &a, rows = r, w = a.weights[d];
         direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
@@ -62,7 +64,9 @@ struct Forward {
         }
         m = workspace.take<real>(w.weight_hr ? B * stride_c : 0);
         stride_pre = tangent ? 4 * H : row_stride<real>(4 * H);
-        const bool unused = tangent || (!packed() && !full());
+        const int64_t weight_bytes = 4 * H * (I + P) * (int64_t)sizeof(real) / s.grid.units;
+        fused = !tangent && packed() && !full() && may_fuse && !s.batch_sizes && weight_bytes <= most_fused && B / s.grid.batches >= 4;
+        const bool unused = tangent || fused || (!packed() && !full());
         const int64_t kept = unused ? 0 : B + s.grid.batches * chunk_rows;
         input_part = workspace.take<real>(kept * stride_pre);
     }
@@ -162,7 +166,7 @@ struct Forward {
     }
 
     void project(const Part& part, const Chunk& chunk) const {
-        if (!packed() || (tangent && I == 0)) return;
+        if (fused || !packed() || (tangent && I == 0)) return;
         bool known = false;
         if constexpr (tangent) known = args->known;
         project(part, chunk, {this, args->x, ih, bias, known, nullptr}, input_part);
@@ -251,12 +255,11 @@ struct Forward {
         NOINLINE void tile(int64_t row, int64_t panel) const {
             const Forward& f = *self;
             vec sum[ROWS][4];
-            clear(sum);
             if (tangent)  // then `pre` is memory not seen for long
                 for (int r = 0; r < ROWS; r++)
                     for (int g = 0; g < 4; g++)
                         __builtin_prefetch(pre + (row + r) * f.stride_pre + g * f.H + panel * L, 1);
-            add_product(sum, x + row * f.I, f.I, weight + panel * f.I * 4 * L, 4 * L, f.I);
+            set_product(sum, x + row * f.I, f.I, weight + panel * f.I * 4 * L, 4 * L, f.I);
             for (int r = 0; r < ROWS; r++)
                 for (int g = 0; g < 4; g++) {
                     vec b = bias ? load(bias + (g * f.panels + panel) * L) : vec{};
@@ -277,7 +280,6 @@ struct Forward {
             const Forward& f = *self;
             const int64_t u = panel * L, lanes = f.H - u;
             vec sum[ROWS][4];
-            clear(sum);
             if constexpr (tangent)
                 for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
             else if (step->gates)  // memory not seen for long
@@ -287,8 +289,21 @@ struct Forward {
                     __builtin_prefetch(step->cells + (row + r) * f.H + u, 1);
                     __builtin_prefetch(step->y + (row + r) * f.args->sizes.D * f.P + u, 1);
                 }
-            const real* h_prev = step->h_prev + row * f.stride_h;
-            add_product(sum, h_prev, f.stride_h, f.hh + panel * f.P * 4 * L, 4 * L, f.P);
+            const real *h_prev = step->h_prev + row * f.stride_h, *hh = f.hh + panel * f.P * 4 * L;
+            if (f.fused) {
+                set_product(sum, step->x + row * f.I, f.I, f.ih + panel * f.I * 4 * L, 4 * L, f.I);
+#pragma GCC unroll 4
+                for (int g = 0; g < 4; g++) {
+                    const vec b = load(f.bias + (g * f.panels + panel) * L);
+#pragma GCC unroll 12
+                    for (int r = 0; r < ROWS; r++) sum[r][g] += b;
+                }
+            } else {
+                for (int r = 0; r < ROWS; r++)
+                    for (int g = 0; g < 4; g++)
+                        sum[r][g] = load(step->pre + (row + r) * f.stride_pre + g * f.H + u, lanes);
+            }
+            add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);  // F1, R1
             if (f.full()) {
                 vec peep[ROWS][2];
                 clear(peep);
@@ -297,11 +312,7 @@ struct Forward {
                 for (int r = 0; r < ROWS; r++)
                     for (int g = 0; g < 2; g++) sum[r][g] += peep[r][g];
             }
-            for (int r = 0; r < ROWS; r++) {
-                const real* pre = step->pre + (row + r) * f.stride_pre + u;
-                for (int g = 0; g < 4; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1, R1
-                f.gate_math(*step, row + r, u, sum[r]);
-            }
+            for (int r = 0; r < ROWS; r++) f.gate_math(*step, row + r, u, sum[r]);
         }
     };
 
@@ -351,14 +362,14 @@ struct Forward {
             return diagonal && weight ? c * load(weight + u, lanes) : vec{};
         };
         const vec c_prev = load(step.c_prev + b * stride_c + u, lanes);
-        const vec i = sigmoid<real>(pre[0] + peep(w.weight_ci, c_prev));  // F2
-        const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, c_prev));  // F3
-        const vec g = tanh<real>(pre[2]);                                 // F4
-        const vec c_new = f * c_prev + i * g;                             // F5
+        const Product ig = sigmoid_tanh(pre[0] + peep(w.weight_ci, c_prev), pre[2]);  // F2 F4
+        const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, c_prev));              // F3
+        const vec c_new = f * c_prev + ig.product;                                    // F5
         store(step.c + b * stride_c + u, c_new, lanes);
         if (step.gates) {
             real* gates = step.gates + b * 4 * H + u;
-            store(gates, i, lanes), store(gates + H, f, lanes), store(gates + 2 * H, g, lanes);
+            store(gates, ig.sigmoid, lanes), store(gates + H, f, lanes);
+            store(gates + 2 * H, ig.tanh, lanes);
             store(step.cells + b * H + u, c_new, lanes);
         }
         if (full())
@@ -371,15 +382,26 @@ struct Forward {
     INLINE void output(const Step& step, int64_t b, int64_t u, vec pre_o, vec c_new) const {
         if constexpr (tangent) return output_tangent(step, b, u, pre_o, c_new);
         const int64_t lanes = H - u;
-        const vec o = sigmoid<real>(pre_o);        // F6
-        const vec m_new = o * tanh<real>(c_new);   // F7
-        if (step.gates) store(step.gates + b * 4 * H + 3 * H + u, o, lanes);
+        const Product m_new = sigmoid_tanh(pre_o, c_new);  // F6 F7
+        if (step.gates) store(step.gates + b * 4 * H + 3 * H + u, m_new.sigmoid, lanes);
         if (w.weight_hr) {
-            store(m + b * stride_c + u, m_new, lanes);
+            store(m + b * stride_c + u, m_new.product, lanes);
         } else {
-            store(step.h + b * stride_h + u, m_new, lanes);
-            store(step.y + b * args->sizes.D * P + u, m_new, lanes);
+            store(step.h + b * stride_h + u, m_new.product, lanes);
+            store(step.y + b * args->sizes.D * P + u, m_new.product, lanes);
         }
+    }
+
+    // σ(x) and tanh(z) and their product, with one division.
+    struct Product {
+        vec sigmoid, tanh, product;
+    };
+
+    static INLINE Product sigmoid_tanh(vec x, vec z) {
+        const vec d = one_plus_exp<real>(x), e = expm1_twice<real>(z);
+        const vec quotient = (real)1 / (d * (e + (real)2)), product = with_sign<real>(quotient * e, sign_of<real>(z));
+        return {unless_closed<real>(quotient * (e + (real)2), x), product * d,
+                unless_closed<real>(product, x)};
     }
 
     // The same of the tangent, R2 to R7, after prefetch() asked for what it will read.

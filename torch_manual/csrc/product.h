@@ -31,11 +31,11 @@ INLINE void clear(vec (&sum)[ROWS][VECS]) {
         for (int v = 0; v < VECS; v++) sum[r][v] = vec{};
 }
 
-// sum[r][v] += Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying `step` after those
+// sum[r][v] (+)= Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying `step` after those
 // for k. Few rows are summed in several sets, so that additions need not wait for one another.
-template <typename real, int ROWS, int VECS>
-INLINE void add_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
-                        const real* panel, int64_t step, int64_t K) {
+template <bool add, typename real, int ROWS, int VECS>
+INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
+                    const real* panel, int64_t step, int64_t K) {
     constexpr int L = Vector<real>::lanes;
     constexpr int SETS = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
     for (int64_t start = 0; start < K; start += longest_sum) {
@@ -60,10 +60,24 @@ INLINE void add_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t 
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECS; v++)
+            for (int v = 0; v < VECS; v++) {
 #pragma GCC unroll 4
-                for (int s = 0; s < SETS; s++) sum[r][v] += part[s][r][v];
+                for (int s = 1; s < SETS; s++) part[0][r][v] += part[s][r][v];
+                sum[r][v] = add || start > 0 ? sum[r][v] + part[0][r][v] : part[0][r][v];
+            }
     }
+}
+
+template <typename real, int ROWS, int VECS>
+INLINE void add_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
+                        const real* panel, int64_t step, int64_t K) {
+    product<true>(sum, a, stride_a, panel, step, K);
+}
+
+template <typename real, int ROWS, int VECS>
+INLINE void set_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
+                        const real* panel, int64_t step, int64_t K) {
+    product<false>(sum, a, stride_a, panel, step, K);
 }
 
 // The same by a call, for places with so much else at hand that registers would run out.

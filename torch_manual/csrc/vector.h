@@ -38,12 +38,12 @@ struct Vector<float> {
     static constexpr int mantissa = 23;
     static constexpr int32_t one_bits = 0x3f800000;
     static constexpr float round_to_integer = 12582912.0f;  // 1.5 · 2²³: adding it rounds
-    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    static constexpr float sigmoid_limit = 87.0f, tanh_limit = 9.02f;
-    static constexpr int terms = 6;  // expm1(r) = r + r² · polynomial, |r| ≤ ln2 / 2
-    static constexpr float polynomial[terms] = {1.9875691500e-4f, 1.3981999507e-3f,
-                                                8.3334519073e-3f, 4.1665795894e-2f,
-                                                1.6666665459e-1f, 5.0000001201e-1f};
+    static constexpr float ln2 = 0.693147181f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    static constexpr float sigmoid_limit = 65.0f, tanh_limit = 9.02f;
+    static constexpr int terms = 6;  // e^r = Σ power[k] r^k, |r| ≤ ln2 / 2: the best such to 2⁻²⁹
+    static constexpr float power[terms + 1] = {1.0f,           1.0f,           4.9999992e-1f,
+                                               1.66664201e-1f, 4.16682262e-2f, 8.37482405e-3f,
+                                               1.38368357e-3f};
 };
 
 template <>
@@ -56,13 +56,14 @@ struct Vector<double> {
     static constexpr int mantissa = 52;
     static constexpr int64_t one_bits = 0x3ff0000000000000;
     static constexpr double round_to_integer = 6755399441055744.0;  // 1.5 · 2⁵²
-    static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
-    static constexpr double sigmoid_limit = 700.0, tanh_limit = 19.1;
-    static constexpr int terms = 12;  // Taylor's series
-    static constexpr double polynomial[terms] = {
-        1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-        1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-        1.0 / 6,          0.5};
+    static constexpr double ln2 = 0.693147180559945309, ln2_high = 6.93145751953125e-1,
+                            ln2_low = 1.42860682030941723212e-6;
+    static constexpr double sigmoid_limit = 650.0, tanh_limit = 19.1;
+    static constexpr int terms = 13;  // Taylor's series
+    static constexpr double power[terms + 1] = {
+        1.0,         1.0,          1.0 / 2,       1.0 / 6,        1.0 / 24,
+        1.0 / 120,   1.0 / 720,    1.0 / 5040,    1.0 / 40320,    1.0 / 362880,
+        1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 };
 
 template <typename real>
@@ -151,43 +152,97 @@ INLINE void transpose(vec_of<real> (&rows)[Vector<real>::lanes]) {
     }
 }
 
-// z = n ln2 + r. Returns expm1(r) and sets `scale` = 2ⁿ, so that e^z = scale + scale · expm1(r).
+// x where -limit ≤ x ≤ limit, else the limit it exceeds. A NaN comes out again.
 template <typename real>
-INLINE vec_of<real> exp_parts(vec_of<real> z, vec_of<real>& scale) {
+INLINE vec_of<real> clamp(vec_of<real> x, real limit) {
+    const vec_of<real> high = broadcast<real>(limit), low = broadcast<real>(-limit);
+#if defined(__AVX512F__)  // of a NaN and a number, these instructions give what stands second
+    if constexpr (sizeof(real) == 4)
+        return (vec_of<real>)_mm512_maskz_max_ps(-1, (__m512)low, _mm512_maskz_min_ps(-1, (__m512)high, (__m512)x));
+    else
+        return (vec_of<real>)_mm512_maskz_max_pd(-1, (__m512d)low, _mm512_maskz_min_pd(-1, (__m512d)high, (__m512d)x));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(real) == 4)
+        return (vec_of<real>)_mm256_max_ps((__m256)low, _mm256_min_ps((__m256)high, (__m256)x));
+    else
+        return (vec_of<real>)_mm256_max_pd((__m256d)low, _mm256_min_pd((__m256d)high, (__m256d)x));
+#else
+    x = x > high ? high : x;
+    return x < low ? low : x;
+#endif
+}
+
+// SCALE · x = n ln2 + r. Returns (e^r - 1) / x', where r = SCALE · x', and sets `x` to x' and
+// `exponent` to n where a real has its exponent.
+template <int SCALE, typename real>
+INLINE vec_of<real> exp_parts(vec_of<real>& x, typename Vector<real>::bits& exponent) {
     using V = Vector<real>;
     constexpr real log2_e = (real)1.4426950408889634074;
-    vec_of<real> shifted = z * log2_e + V::round_to_integer, n = shifted - V::round_to_integer;
-    scale = (vec_of<real>)(((typename V::bits)shifted << V::mantissa) + V::one_bits);
-    vec_of<real> r = (z - n * V::ln2_high) - n * V::ln2_low;
-    vec_of<real> sum = broadcast<real>(V::polynomial[0]);
+    const vec_of<real> shifted = x * (SCALE * log2_e) + V::round_to_integer;
+    const vec_of<real> n = shifted - V::round_to_integer;
+    exponent = (typename V::bits)shifted << V::mantissa;
+#if defined(__FMA__) || defined(__aarch64__)  // n ln2 is not rounded
+    x -= n * (V::ln2 / SCALE);
+#else
+    x = (x - n * (V::ln2_high / SCALE)) - n * (V::ln2_low / SCALE);
+#endif
+    real scale = 1;
+    for (int k = 0; k < V::terms; k++) scale *= SCALE;
+    vec_of<real> sum = broadcast<real>(V::power[V::terms] * scale);
 #pragma GCC unroll 16
-    for (int k = 1; k < V::terms; k++) sum = sum * r + V::polynomial[k];
-    return sum * (r * r) + r;
+    for (int k = V::terms - 1; k > 0; k--) {
+        scale /= SCALE;
+        sum = sum * x + V::power[k] * scale;
+    }
+    return sum;
 }
 
-// 1 / (1 + e^-x). A NaN fails every comparison and so comes out again.
+// 1 + e^-x.
+template <typename real>
+INLINE vec_of<real> one_plus_exp(vec_of<real> x) {
+    typename Vector<real>::bits exponent;
+    x = clamp<real>(x, Vector<real>::sigmoid_limit);
+    const vec_of<real> sum = exp_parts<-1, real>(x, exponent);
+    return (real)1 + (vec_of<real>)((typename Vector<real>::bits)(sum * x + (real)1) + exponent);
+}
+
+// The sign bits of x.
+template <typename real>
+INLINE typename Vector<real>::bits sign_of(vec_of<real> x) {
+    return (typename Vector<real>::bits)x & (typename Vector<real>::bits)broadcast<real>((real)-0.0);
+}
+
+// v with signs changed where `sign` is set.
+template <typename real>
+INLINE vec_of<real> with_sign(vec_of<real> v, typename Vector<real>::bits sign) {
+    return (vec_of<real>)((typename Vector<real>::bits)v ^ sign);
+}
+
+// e^2|x| - 1: of a negative x it would be near -1, where tanh would take twice its rounding error.
+template <typename real>
+INLINE vec_of<real> expm1_twice(vec_of<real> x) {
+    typename Vector<real>::bits exponent;
+    x = clamp<real>(with_sign<real>(x, sign_of<real>(x)), Vector<real>::tanh_limit);
+    const vec_of<real> sum = exp_parts<2, real>(x, exponent);
+    const vec_of<real> scale = (vec_of<real>)(exponent + Vector<real>::one_bits);
+    return scale * (sum * x) + (scale - (real)1);
+}
+
+// v, but 0 where σ(x) is: what else is computed there is 1 / (1 + e^limit).
+template <typename real>
+INLINE vec_of<real> unless_closed(vec_of<real> v, vec_of<real> x) {
+    return x < -broadcast<real>(Vector<real>::sigmoid_limit) ? vec_of<real>{} : v;
+}
+
 template <typename real>
 INLINE vec_of<real> sigmoid(vec_of<real> x) {
-    const vec_of<real> limit = broadcast<real>(Vector<real>::sigmoid_limit);
-    vec_of<real> z = -x, scale;
-    z = z > limit ? limit : z;
-    z = z < -limit ? -limit : z;
-    vec_of<real> m = exp_parts<real>(z, scale);
-    vec_of<real> s = (real)1 / (((real)1 + scale) + scale * m);
-    return x < -limit ? vec_of<real>{} : s;
+    return unless_closed<real>((real)1 / one_plus_exp<real>(x), x);
 }
 
-// (e^2|x| - 1) / (e^2|x| + 1), with the sign of x.
 template <typename real>
 INLINE vec_of<real> tanh(vec_of<real> x) {
-    using bits = typename Vector<real>::bits;
-    const vec_of<real> limit = broadcast<real>(Vector<real>::tanh_limit);
-    const bits sign = (bits)x & (bits)broadcast<real>((real)-0.0);
-    vec_of<real> a = (vec_of<real>)((bits)x ^ sign), scale;
-    a = a > limit ? limit : a;
-    vec_of<real> m = exp_parts<real>(a + a, scale);
-    vec_of<real> e = scale * m + (scale - (real)1);
-    return (vec_of<real>)((bits)(e / (e + (real)2)) ^ sign);
+    const vec_of<real> e = expm1_twice<real>(x);
+    return with_sign<real>(e / (e + (real)2), sign_of<real>(x));
 }
 
 }  // namespace

@@ -140,26 +140,20 @@ struct Backward {
         if (full()) part.cover(InitialTile{this, &step, 1}, first, end, pairs);
     }
 
-    // B9, dpre W_hh, for 2L outputs, in as many parts as there are rows. Before each part, `ask` has
-    // the chance to prefetch what belongs to one row: all at once would be more than can be on its way.
-    template <int ROWS, typename Ask>
-    INLINE void add_recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel,
-                              const Ask& ask) const {
+    // B9, dpre W_hh, for 2L outputs or the last L.
+    template <int ROWS, int MOST = 0>
+    INLINE void recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel,
+                          const Wanted<MOST>& wanted = {}) const {
         const bool whole = packed(panel);
         const real* weight = whole ? hh + panel * 4 * H * 2 * L : w.weight_hh + panel * 2 * L;
         const int64_t step = whole ? 2 * L : P;
-        for (int r = 0; r < ROWS; r++) {
-            ask(row + r);
-            const Range part = share(4 * H, r, ROWS);
-            add_product_by_call(sum, from + row * stride_dpre + part.begin, stride_dpre,
-                                weight + part.begin * step, step,
-                                part.end - part.begin);  // B9, R17
-        }
-    }
-
-    template <int ROWS>
-    INLINE void add_recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel) const {
-        add_recurrent(sum, from, row, panel, [](int64_t) {});
+        from += row * stride_dpre;
+        if (P - panel * 2 * L > L)
+            return product<false>(sum, from, stride_dpre, weight, step, 4 * H, wanted);  // B9, R17
+        vec first[ROWS][1];
+        product<false>(first, from, stride_dpre, weight, step, 4 * H, wanted);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) sum[r][0] = first[r][0];
     }
 
     template <int ROWS>
@@ -188,8 +182,10 @@ struct Backward {
         NOINLINE void tile(int64_t row, int64_t panel) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
-            clear(sum);
-            if (step->product) f.add_recurrent(sum, step->dpre_next, row, panel);
+            if (step->product)
+                f.recurrent(sum, step->dpre_next, row, panel);
+            else
+                clear(sum);
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < 2; v++) {
                     const int64_t p = (2 * panel + v) * L, lanes = f.P - p;
@@ -210,16 +206,15 @@ struct Backward {
         NOINLINE void tile(int64_t row, int64_t pair) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
-            clear(sum);
-            if (f.w.weight_hr || !step->product)
-                for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, pair * 2 * L);
+            Wanted<ROWS * most_wanted> wanted;
+            for (int r = 0; r < ROWS; r++) f.want(wanted, *step, row + r, pair * 2 * L);
             if (f.w.weight_hr)  // B2
-                add_product(sum, f.dh + row * f.stride_dh, f.stride_dh, f.hr + pair * f.P * 2 * L, 2 * L,
-                            f.P);
+                product<false>(sum, f.dh + row * f.stride_dh, f.stride_dh, f.hr + pair * f.P * 2 * L,
+                               2 * L, f.P, wanted);
             else if (step->product)
-                f.add_recurrent(sum, step->dpre_next, row, pair, [&](int64_t b) ALWAYS_INLINE {
-                    f.prefetch(*step, b, pair * 2 * L);  // by a call it would have no effect: removed
-                });
+                f.recurrent(sum, step->dpre_next, row, pair, wanted);
+            else
+                clear(sum);
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < 2; v++) {
                     const int64_t u = (2 * pair + v) * L;
@@ -233,24 +228,29 @@ struct Backward {
         }
     };
 
-    // Asks for what cell() will read and write, so that it arrives while the product is computed.
-    INLINE void prefetch(const Step& step, int64_t b, int64_t u) const {
-        for (int64_t v = 0; v < 2 * VECTOR_BYTES; v += 64) {
-            const int64_t at = u + v / (int64_t)sizeof(real);
-            for (int64_t k = 0; k < 4; k++) {
-                __builtin_prefetch(step.gates + b * 4 * H + k * H + at);
-                __builtin_prefetch(step.dpre + b * 4 * H + k * H + at, 1);
+    // What cell() will read and write for 2L units of a sequence, in whole cache lines.
+    static constexpr int lines = 2 * VECTOR_BYTES <= 64 ? 1 : 2 * VECTOR_BYTES / 64;
+    static constexpr int most_wanted = lines * (tangent ? 17 : 11);
+
+    template <int MOST>
+    INLINE void want(Wanted<MOST>& wanted, const Step& step, int64_t b, int64_t u) const {
+#pragma GCC unroll 2
+        for (int64_t k = 0; k < lines; k++) {
+            const int64_t at = u + k * 64 / (int64_t)sizeof(real);
+#pragma GCC unroll 4
+            for (int64_t g = 0; g < 4; g++) {
+                wanted.add(step.gates + b * 4 * H + g * H + at);
+                wanted.add(step.dpre + b * 4 * H + g * H + at);
             }
-            __builtin_prefetch(step.cells + b * H + at);
-            if (b < step.has_prev) __builtin_prefetch(step.cells_prev + b * H + at);
+            wanted.add(step.cells + b * H + at);
+            if (b < step.has_prev) wanted.add(step.cells_prev + b * H + at);
             if constexpr (tangent) {
                 const int64_t row = step.row + b;
-                for (int64_t k = 0; k < 4; k++)
-                    __builtin_prefetch(args->tgates + (row * 4 + k) * H + at);
-                __builtin_prefetch(args->tcells + row * H + at);
-                __builtin_prefetch(args->dm + row * H + at);
+                for (int64_t g = 0; g < 4; g++) wanted.add(args->tgates + (row * 4 + g) * H + at);
+                wanted.add(args->tcells + row * H + at);
+                wanted.add(args->dm + row * H + at);
             }
-            if (step.dy && !w.weight_hr) __builtin_prefetch(step.dy + b * args->stride_dy + at);
+            if (step.dy && !w.weight_hr) wanted.add(step.dy + b * args->stride_dy + at);
         }
     }
 
@@ -333,12 +333,11 @@ struct Backward {
         NOINLINE void tile(int64_t row, int64_t panel) const {
             const Backward& f = *self;
             const int64_t n = cell ? f.H : f.P;
-            vec sum[ROWS][2];
-            clear(sum);
+            vec sum[ROWS][2] = {};
             if (cell)
                 f.add_peepholes_if(sum, step->dpre_kept, row, panel);
             else
-                f.add_recurrent(sum, step->dpre_kept, row, panel);
+                f.recurrent(sum, step->dpre_kept, row, panel);
             real* to = (cell ? f.args->dc0 : f.args->dh0) + (f.direction * f.B + row) * n;
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < 2; v++) {

@@ -4,6 +4,8 @@
 // that a product reads memory in order. A tile is what one panel makes of a few rows.
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace {
@@ -31,18 +33,36 @@ INLINE void clear(vec (&sum)[ROWS][VECS]) {
         for (int v = 0; v < VECS; v++) sum[r][v] = vec{};
 }
 
+// Addresses to prefetch, one at a time while a product is computed: all at once would be more than
+// can be on its way.
+template <int MOST>
+struct Wanted {
+    const void* address[MOST];
+    int64_t count = 0;
+
+    INLINE void add(const void* p) { address[count++] = p; }
+};
+
+template <>
+struct Wanted<0> {
+    static constexpr int64_t count = 0;
+};
+
 // sum[r][v] (+)= Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying `step` after those
 // for k. Few rows are summed in several sets, so that additions need not wait for one another.
-template <bool add, typename real, int ROWS, int VECS>
+template <bool add, typename real, int ROWS, int VECS, int MOST = 0>
 INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
-                    const real* panel, int64_t step, int64_t K) {
+                    const real* panel, int64_t step, int64_t K, const Wanted<MOST>& wanted = {}) {
     constexpr int L = Vector<real>::lanes;
     constexpr int SETS = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
+    if (!add && K == 0) clear(sum);
+    int64_t asked = 0;
     for (int64_t start = 0; start < K; start += longest_sum) {
         const int64_t end = least(K, start + longest_sum);
+        if (add || start > 0) __asm__("" : "+m"(sum));  // registers are for what follows
         vec_of<real> part[SETS][ROWS][VECS] = {};
         int64_t k = start;
-        for (; k + SETS <= end; k += SETS)
+        auto add_terms = [&]() ALWAYS_INLINE {
 #pragma GCC unroll 4
             for (int s = 0; s < SETS; s++)
 #pragma GCC unroll 12
@@ -51,6 +71,24 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                     for (int v = 0; v < VECS; v++)
                         part[s][r][v] +=
                             a[r * stride_a + k + s] * load(panel + (k + s) * step + v * L);
+        };
+        if constexpr (MOST > 0) {
+            const auto add_asking = [&](auto each) ALWAYS_INLINE {
+                constexpr int EACH = decltype(each)::value;  // so many terms for an address
+                for (; asked < wanted.count && k + EACH * SETS <= end; asked++) {
+                    __builtin_prefetch(wanted.address[asked]);
+#pragma GCC unroll 4
+                    for (int e = 0; e < EACH; e++) add_terms(), k += SETS;
+                }
+            };
+            if (K >= 4 * SETS * wanted.count)
+                add_asking(std::integral_constant<int, 4>());
+            else if (K >= 2 * SETS * wanted.count)
+                add_asking(std::integral_constant<int, 2>());
+            else
+                add_asking(std::integral_constant<int, 1>());
+        }
+        for (; k + SETS <= end; k += SETS) add_terms();
         for (; k < end; k++)
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++)
@@ -78,13 +116,6 @@ template <typename real, int ROWS, int VECS>
 INLINE void set_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
                         const real* panel, int64_t step, int64_t K) {
     product<false>(sum, a, stride_a, panel, step, K);
-}
-
-// The same by a call, for places with so much else at hand that registers would run out.
-template <typename real, int ROWS, int VECS>
-NOINLINE void add_product_by_call(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
-                                  const real* panel, int64_t step, int64_t K) {
-    add_product(sum, a, stride_a, panel, step, K);
 }
 
 // sum[r][g] += Σ_k a[r][k] · w_g[k], over the lanes of `sum`: for weights too rarely used to pack.

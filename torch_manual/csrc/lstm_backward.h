@@ -150,8 +150,9 @@ struct Backward {
         from += row * stride_dpre;
         if (P - panel * 2 * L > L)
             return product<false>(sum, from, stride_dpre, weight, step, 4 * H, wanted);  // B9, R17
-        vec first[ROWS][1];
-        product<false>(first, from, stride_dpre, weight, step, 4 * H, wanted);
+        wanted.ask();
+        vec first[ROWS][1] = {};
+        add_product(first, from, stride_dpre, weight, step, 4 * H);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) sum[r][0] = first[r][0];
     }
@@ -208,13 +209,15 @@ struct Backward {
             vec sum[ROWS][2];
             Wanted<ROWS * most_wanted> wanted;
             for (int r = 0; r < ROWS; r++) f.want(wanted, *step, row + r, pair * 2 * L);
-            if (f.w.weight_hr)  // B2
-                product<false>(sum, f.dh + row * f.stride_dh, f.stride_dh, f.hr + pair * f.P * 2 * L,
-                               2 * L, f.P, wanted);
-            else if (step->product)
+            if (!f.w.weight_hr && step->product) {
                 f.recurrent(sum, step->dpre_next, row, pair, wanted);
-            else
+            } else {
+                wanted.ask();
                 clear(sum);
+                if (f.w.weight_hr)  // B2
+                    add_product(sum, f.dh + row * f.stride_dh, f.stride_dh,
+                                f.hr + pair * f.P * 2 * L, 2 * L, f.P);
+            }
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < 2; v++) {
                     const int64_t u = (2 * pair + v) * L;

@@ -280,17 +280,9 @@ struct Forward {
             const Forward& f = *self;
             const int64_t u = panel * L, lanes = f.H - u;
             vec sum[ROWS][4];
-            if constexpr (tangent)
-                for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
-            else if (step->gates)  // memory not seen for long
-                for (int r = 0; r < ROWS; r++) {
-                    for (int g = 0; g < 4; g++)
-                        __builtin_prefetch(step->gates + (row + r) * 4 * f.H + g * f.H + u, 1);
-                    __builtin_prefetch(step->cells + (row + r) * f.H + u, 1);
-                    __builtin_prefetch(step->y + (row + r) * f.args->sizes.D * f.P + u, 1);
-                }
+            for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
             const real *h_prev = step->h_prev + row * f.stride_h, *hh = f.hh + panel * f.P * 4 * L;
-            if (f.fused) {
+            if (!tangent && f.fused) {
                 set_product(sum, step->x + row * f.I, f.I, f.ih + panel * f.I * 4 * L, 4 * L, f.I);
 #pragma GCC unroll 4
                 for (int g = 0; g < 4; g++) {
@@ -298,12 +290,10 @@ struct Forward {
 #pragma GCC unroll 12
                     for (int r = 0; r < ROWS; r++) sum[r][g] += b;
                 }
+                add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);  // F1
             } else {
-                for (int r = 0; r < ROWS; r++)
-                    for (int g = 0; g < 4; g++)
-                        sum[r][g] = load(step->pre + (row + r) * f.stride_pre + g * f.H + u, lanes);
+                set_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);
             }
-            add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);  // F1, R1
             if (f.full()) {
                 vec peep[ROWS][2];
                 clear(peep);
@@ -312,7 +302,11 @@ struct Forward {
                 for (int r = 0; r < ROWS; r++)
                     for (int g = 0; g < 2; g++) sum[r][g] += peep[r][g];
             }
-            for (int r = 0; r < ROWS; r++) f.gate_math(*step, row + r, u, sum[r]);
+            for (int r = 0; r < ROWS; r++) {
+                const real* pre = step->pre + (row + r) * f.stride_pre + u;
+                for (int g = 0; g < 4 && !f.fused; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1, R1
+                f.gate_math(*step, row + r, u, sum[r]);
+            }
         }
     };
 
@@ -404,8 +398,17 @@ struct Forward {
                 unless_closed<real>(product, x)};
     }
 
-    // The same of the tangent, R2 to R7, after prefetch() asked for what it will read.
-    void prefetch(const Step&, int64_t b, int64_t u) const;
+    // Asks for memory not seen for long that gate_math() will read and write.
+    INLINE void prefetch(const Step& step, int64_t b, int64_t u) const {
+        if constexpr (tangent) return prefetch_of_tangent(step, b, u);
+        if (!step.gates) return;
+        for (int g = 0; g < 4; g++) __builtin_prefetch(step.gates + b * 4 * H + g * H + u, 1);
+        __builtin_prefetch(step.cells + b * H + u, 1);
+        __builtin_prefetch(step.y + b * args->sizes.D * P + u, 1);
+    }
+
+    // The same of the tangent, R2 to R7.
+    void prefetch_of_tangent(const Step&, int64_t b, int64_t u) const;
     void gate_tangents(const Step&, int64_t b, int64_t u, const vec (&tpre)[4]) const;
     void output_tangent(const Step&, int64_t b, int64_t u, vec tpre_o, vec tc) const;
 

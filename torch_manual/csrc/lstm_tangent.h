@@ -7,7 +7,7 @@
 namespace {
 
 template <typename real, bool tangent>
-INLINE void Forward<real, tangent>::prefetch(const Step& step, int64_t b, int64_t u) const {
+INLINE void Forward<real, tangent>::prefetch_of_tangent(const Step& step, int64_t b, int64_t u) const {
     for (int64_t k = 0; k < 4; k++) {
         __builtin_prefetch(step.of_gates + b * 4 * H + k * H + u);
         __builtin_prefetch(step.gates + b * 4 * H + k * H + u, 1);

@@ -41,11 +41,15 @@ struct Wanted {
     int64_t count = 0;
 
     INLINE void add(const void* p) { address[count++] = p; }
+    void ask() const {
+        for (int64_t k = 0; k < count; k++) __builtin_prefetch(address[k]);
+    }
 };
 
 template <>
 struct Wanted<0> {
     static constexpr int64_t count = 0;
+    void ask() const {}
 };
 
 // sum[r][v] (+)= Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying `step` after those
@@ -55,7 +59,7 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                     const real* panel, int64_t step, int64_t K, const Wanted<MOST>& wanted = {}) {
     constexpr int L = Vector<real>::lanes;
     constexpr int SETS = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
-    if (!add && K == 0) clear(sum);
+    if (!add && K <= 0) clear(sum);
     int64_t asked = 0;
     for (int64_t start = 0; start < K; start += longest_sum) {
         const int64_t end = least(K, start + longest_sum);
@@ -81,12 +85,12 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                     for (int e = 0; e < EACH; e++) add_terms(), k += SETS;
                 }
             };
-            if (K >= 4 * SETS * wanted.count)
-                add_asking(std::integral_constant<int, 4>());
-            else if (K >= 2 * SETS * wanted.count)
+            for (; K < 2 * SETS * (wanted.count - asked); asked++)
+                __builtin_prefetch(wanted.address[asked]);
+            if (K < 4 * SETS * wanted.count)
                 add_asking(std::integral_constant<int, 2>());
             else
-                add_asking(std::integral_constant<int, 1>());
+                add_asking(std::integral_constant<int, 4>());
         }
         for (; k + SETS <= end; k += SETS) add_terms();
         for (; k < end; k++)

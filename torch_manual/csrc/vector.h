@@ -40,8 +40,8 @@ struct Vector<float> {
     static constexpr float round_to_integer = 12582912.0f;  // 1.5 · 2²³: adding it rounds
     static constexpr float ln2 = 0.693147181f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     static constexpr float sigmoid_limit = 65.0f, tanh_limit = 9.02f;
-    static constexpr int terms = 6;  // e^r = Σ power[k] r^k, |r| ≤ ln2 / 2: the best such to 2⁻²⁹
-    static constexpr float power[terms + 1] = {1.0f,           1.0f,           4.9999992e-1f,
+    static constexpr int terms = 6;  // e^r = Σ taylor[k] r^k, |r| ≤ ln2 / 2: the best such polynomial, right to 2⁻²⁹
+    static constexpr float taylor[terms + 1] = {1.0f,           1.0f,           4.9999992e-1f,
                                                1.66664201e-1f, 4.16682262e-2f, 8.37482405e-3f,
                                                1.38368357e-3f};
 };
@@ -59,8 +59,8 @@ struct Vector<double> {
     static constexpr double ln2 = 0.693147180559945309, ln2_high = 6.93145751953125e-1,
                             ln2_low = 1.42860682030941723212e-6;
     static constexpr double sigmoid_limit = 650.0, tanh_limit = 19.1;
-    static constexpr int terms = 13;  // Taylor's series
-    static constexpr double power[terms + 1] = {
+    static constexpr int terms = 13;  // Taylor's series itself
+    static constexpr double taylor[terms + 1] = {
         1.0,         1.0,          1.0 / 2,       1.0 / 6,        1.0 / 24,
         1.0 / 120,   1.0 / 720,    1.0 / 5040,    1.0 / 40320,    1.0 / 362880,
         1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
@@ -172,15 +172,15 @@ INLINE vec_of<real> clamp(vec_of<real> x, real limit) {
 #endif
 }
 
-// SCALE · x = n ln2 + r. Returns (e^r - 1) / x', where r = SCALE · x', and sets `x` to x' and
-// `exponent` to n where a real has its exponent.
+// SCALE · x = n ln2 + r. Returns expm1(r) and sets `power` = 2ⁿ, so that e^(SCALE x) = power + power · expm1(r).
 template <int SCALE, typename real>
-INLINE vec_of<real> exp_parts(vec_of<real>& x, typename Vector<real>::bits& exponent) {
+INLINE vec_of<real> exp_parts(vec_of<real> x, vec_of<real>& power) {
     using V = Vector<real>;
+    using bits = typename V::bits;
     constexpr real log2_e = (real)1.4426950408889634074;
     const vec_of<real> shifted = x * (SCALE * log2_e) + V::round_to_integer;
     const vec_of<real> n = shifted - V::round_to_integer;
-    exponent = (typename V::bits)shifted << V::mantissa;
+    power = (vec_of<real>)(((bits)shifted << V::mantissa) + V::one_bits);
 #if defined(__FMA__) || defined(__aarch64__)  // n ln2 is not rounded
     x -= n * (V::ln2 / SCALE);
 #else
@@ -188,22 +188,21 @@ INLINE vec_of<real> exp_parts(vec_of<real>& x, typename Vector<real>::bits& expo
 #endif
     real scale = 1;
     for (int k = 0; k < V::terms; k++) scale *= SCALE;
-    vec_of<real> sum = broadcast<real>(V::power[V::terms] * scale);
+    vec_of<real> sum = broadcast<real>(V::taylor[V::terms] * scale);
 #pragma GCC unroll 16
-    for (int k = V::terms - 1; k > 0; k--) {
+    for (int k = V::terms - 1; k > 1; k--) {
         scale /= SCALE;
-        sum = sum * x + V::power[k] * scale;
+        sum = sum * x + V::taylor[k] * scale;
     }
-    return sum;
+    return sum * (x * x) + (SCALE == 2 ? x + x : SCALE * x);
 }
 
 // 1 + e^-x.
 template <typename real>
 INLINE vec_of<real> one_plus_exp(vec_of<real> x) {
-    typename Vector<real>::bits exponent;
-    x = clamp<real>(x, Vector<real>::sigmoid_limit);
-    const vec_of<real> sum = exp_parts<-1, real>(x, exponent);
-    return (real)1 + (vec_of<real>)((typename Vector<real>::bits)(sum * x + (real)1) + exponent);
+    vec_of<real> power;
+    const vec_of<real> m = exp_parts<-1, real>(clamp<real>(x, Vector<real>::sigmoid_limit), power);
+    return power * m + (power + (real)1);
 }
 
 // The sign bits of x.
@@ -221,11 +220,10 @@ INLINE vec_of<real> with_sign(vec_of<real> v, typename Vector<real>::bits sign) 
 // e^2|x| - 1: of a negative x it would be near -1, where tanh would take twice its rounding error.
 template <typename real>
 INLINE vec_of<real> expm1_twice(vec_of<real> x) {
-    typename Vector<real>::bits exponent;
+    vec_of<real> power;
     x = clamp<real>(with_sign<real>(x, sign_of<real>(x)), Vector<real>::tanh_limit);
-    const vec_of<real> sum = exp_parts<2, real>(x, exponent);
-    const vec_of<real> scale = (vec_of<real>)(exponent + Vector<real>::one_bits);
-    return scale * (sum * x) + (scale - (real)1);
+    const vec_of<real> m = exp_parts<2, real>(x, power);
+    return power * m + (power - (real)1);
 }
 
 // v, but 0 where σ(x) is: what else is computed there is 1 / (1 + e^limit).

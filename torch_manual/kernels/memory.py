@@ -17,7 +17,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-SMALLEST = 16 << 20  # bytes; smaller ones malloc mostly keeps itself
+SMALLEST = 2 << 20  # bytes
 MOST_KEPT = 256 << 20  # bytes, of blocks not in use
 _HUGE_PAGE = 2 << 20
 

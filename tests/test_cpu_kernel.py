@@ -160,6 +160,19 @@ def test_no_less_accurate_than_stock(sizes):
     assert (errors["ours"] <= 1.1 * errors["stock"]).all(), errors["ours"] / errors["stock"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_input_part_beforehand_or_at_its_step(instruction_set, dtype):
+    """A dense batch makes it in registers, one packed from equal lengths beforehand: equal bits."""
+    for T, B, I, H in ((7, 6, 40, 33), (5, 13, 300, 100), (40, 4, 3, 8)):
+        dense = problem(T, B, I, H, D=2, peepholes=1).to(dtype)
+        packed = dense._replace(batch_sizes=torch.full((T,), B))
+        with cpu.override(instruction_set=instruction_set):
+            results = (cpu.lstm_forward(*p[:5], True) for p in (dense, packed))
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_go_where_they_go_in_stock(bad):
     torch.manual_seed(0)

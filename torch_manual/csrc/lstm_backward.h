@@ -218,6 +218,13 @@ struct Backward {
                     add_product(sum, f.dh + row * f.stride_dh, f.stride_dh,
                                 f.hr + pair * f.P * 2 * L, 2 * L, f.P);
             }
+            vec tanh_c[ROWS][2];  // before the rest, whose every term waits for it
+            for (int r = 0; r < ROWS && !tangent; r++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t u = (2 * pair + v) * L;
+                    if (u >= f.H) break;
+                    tanh_c[r][v] = ::tanh<real>(load(step->cells + (row + r) * f.H + u, f.H - u));
+                }
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < 2; v++) {
                     const int64_t u = (2 * pair + v) * L;
@@ -226,44 +233,46 @@ struct Backward {
                     if constexpr (tangent)
                         f.cell_tangents(*step, row + r, u, dm);
                     else
-                        f.cell(*step, row + r, u, dm);
+                        f.cell(*step, row + r, u, dm, tanh_c[r][v]);
                 }
         }
     };
 
-    // What cell() will read and write for 2L units of a sequence, in whole cache lines.
-    static constexpr int lines = 2 * VECTOR_BYTES <= 64 ? 1 : 2 * VECTOR_BYTES / 64;
-    static constexpr int most_wanted = lines * (tangent ? 17 : 11);
+    // What cell() will read and write for 2L units of a sequence: an address for every cache line.
+    static constexpr int lines = 2 * VECTOR_BYTES / 64, line = 64 / sizeof(real);
+    static constexpr int most_wanted = (lines + 1) * (tangent ? 17 : 11);
 
     template <int MOST>
     INLINE void want(Wanted<MOST>& wanted, const Step& step, int64_t b, int64_t u) const {
 #pragma GCC unroll 2
-        for (int64_t k = 0; k < lines; k++) {
-            const int64_t at = u + k * 64 / (int64_t)sizeof(real);
+        for (int k = 0; k < lines; k++) want_line(wanted, step, b, u + k * line);
+        if (H % line) want_line(wanted, step, b, u + 2 * L - 1);  // a row that begins within a line
+    }
+
+    template <int MOST>
+    INLINE void want_line(Wanted<MOST>& wanted, const Step& step, int64_t b, int64_t u) const {
 #pragma GCC unroll 4
-            for (int64_t g = 0; g < 4; g++) {
-                wanted.add(step.gates + b * 4 * H + g * H + at);
-                wanted.add(step.dpre + b * 4 * H + g * H + at);
-            }
-            wanted.add(step.cells + b * H + at);
-            if (b < step.has_prev) wanted.add(step.cells_prev + b * H + at);
-            if constexpr (tangent) {
-                const int64_t row = step.row + b;
-                for (int64_t g = 0; g < 4; g++) wanted.add(args->tgates + (row * 4 + g) * H + at);
-                wanted.add(args->tcells + row * H + at);
-                wanted.add(args->dm + row * H + at);
-            }
-            if (step.dy && !w.weight_hr) wanted.add(step.dy + b * args->stride_dy + at);
+        for (int64_t g = 0; g < 4; g++) {
+            wanted.add(step.gates + b * 4 * H + g * H + u);
+            wanted.add(step.dpre + b * 4 * H + g * H + u);
         }
+        wanted.add(step.cells + b * H + u);
+        if (b < step.has_prev) wanted.add(step.cells_prev + b * H + u);
+        if constexpr (tangent) {
+            const int64_t row = step.row + b;
+            for (int64_t g = 0; g < 4; g++) wanted.add(args->tgates + (row * 4 + g) * H + u);
+            wanted.add(args->tcells + row * H + u);
+            wanted.add(args->dm + row * H + u);
+        }
+        if (step.dy && !w.weight_hr) wanted.add(step.dy + b * args->stride_dy + u);
     }
 
     // B3 and B4 for units u to u + L of sequence b, and B5 to B8 unless the peepholes are full:
     // then PeepholeTile goes on, when all of dpre_o is known.
-    INLINE void cell(const Step& step, int64_t b, int64_t u, vec dm) const {
+    INLINE void cell(const Step& step, int64_t b, int64_t u, vec dm, vec tanh_c) const {
         const int64_t lanes = H - u;
         const real* gates = step.gates + b * 4 * H + u;
         const vec o = load(gates + 3 * H, lanes);
-        const vec tanh_c = tanh<real>(load(step.cells + b * H + u, lanes));
         const vec dpre_o = dm * tanh_c * o * ((real)1 - o);  // B3
         real* dc_carry = args->dc0 + (direction * B + b) * H + u;
         vec dc = load(dc_carry, lanes) + dm * o * ((real)1 - tanh_c * tanh_c);  // B4

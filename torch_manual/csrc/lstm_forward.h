@@ -13,7 +13,7 @@ struct Forward {
     using Arguments = std::conditional_t<tangent, TangentArguments<real>, ForwardArguments<real>>;
     using vec = vec_of<real>;
     static constexpr int L = Vector<real>::lanes;
-    static constexpr int64_t most_fused = 2 << 20;
+    static constexpr int64_t most_fused = 2 << 20;  // bytes of weights a thread reads at a step
     static constexpr int64_t chunk_rows = 96;  // the input projection is made for about so many rows
 
     const Arguments* args;
@@ -21,7 +21,7 @@ struct Forward {
     Weights<real> w;
     int64_t T, B, I, H, P, direction, reverse;
     int64_t panels, pairs, panels_p;  // of L units, of 2L units, of 2L outputs
-    bool fused;  // the input part is summed at its step, in registers
+    bool fused;  // the input part is not made beforehand, but in registers at its step
 
     // Borrowed memory. Panels: of L units, gate by gate, ih (I, 4, L) and hh (P, 4, L); peepholes
     // into i and f (H, 2, L); of 2L units or outputs: the peephole into o, and hr, (H, 2L).
@@ -44,7 +44,8 @@ struct Forward {
     bool full() const { return args->sizes.full_peepholes; }
     bool packed() const { return !args->unpacked; }
 
-    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r, bool may_fuse = true) {
+    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r,
+              bool may_fuse = !tangent) {
         args = &a, rows = r, w = a.weights[d];
         direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
@@ -64,11 +65,17 @@ struct Forward {
         }
         m = workspace.take<real>(w.weight_hr ? B * stride_c : 0);
         stride_pre = tangent ? 4 * H : row_stride<real>(4 * H);
-        const int64_t weight_bytes = 4 * H * (I + P) * (int64_t)sizeof(real) / s.grid.units;
-        fused = !tangent && packed() && !full() && may_fuse && !s.batch_sizes && weight_bytes <= most_fused && B / s.grid.batches >= 4;
+        fused = may_fuse && packed() && !full() && pays_to_fuse(s);
         const bool unused = tangent || fused || (!packed() && !full());
         const int64_t kept = unused ? 0 : B + s.grid.batches * chunk_rows;
         input_part = workspace.take<real>(kept * stride_pre);
+    }
+
+    // Where a step has the rows for a tile, W_ih is read at every step for little. Packed batches
+    // go on with fewer rows; there every part of a batch must be summed alike (recompute).
+    static bool pays_to_fuse(const Sizes& s) {
+        const int64_t bytes = 4 * s.H * (s.I + s.P) * (int64_t)sizeof(real) / s.grid.units;
+        return bytes <= most_fused && s.B / s.grid.batches >= 4 && !s.batch_sizes;
     }
 
     // Packs the weights and sets the first states.
@@ -304,7 +311,8 @@ struct Forward {
             }
             for (int r = 0; r < ROWS; r++) {
                 const real* pre = step->pre + (row + r) * f.stride_pre + u;
-                for (int g = 0; g < 4 && !f.fused; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1, R1
+                if (!f.fused)
+                    for (int g = 0; g < 4; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1, R1
                 f.gate_math(*step, row + r, u, sum[r]);
             }
         }
@@ -356,7 +364,7 @@ struct Forward {
             return diagonal && weight ? c * load(weight + u, lanes) : vec{};
         };
         const vec c_prev = load(step.c_prev + b * stride_c + u, lanes);
-        const Product ig = sigmoid_tanh(pre[0] + peep(w.weight_ci, c_prev), pre[2]);  // F2 F4
+        const Product ig = sigmoid_tanh(pre[0] + peep(w.weight_ci, c_prev), pre[2]);  // F2, F4
         const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, c_prev));              // F3
         const vec c_new = f * c_prev + ig.product;                                    // F5
         store(step.c + b * stride_c + u, c_new, lanes);
@@ -376,7 +384,7 @@ struct Forward {
     INLINE void output(const Step& step, int64_t b, int64_t u, vec pre_o, vec c_new) const {
         if constexpr (tangent) return output_tangent(step, b, u, pre_o, c_new);
         const int64_t lanes = H - u;
-        const Product m_new = sigmoid_tanh(pre_o, c_new);  // F6 F7
+        const Product m_new = sigmoid_tanh(pre_o, c_new);  // F6, F7
         if (step.gates) store(step.gates + b * 4 * H + 3 * H + u, m_new.sigmoid, lanes);
         if (w.weight_hr) {
             store(m + b * stride_c + u, m_new.product, lanes);
@@ -386,14 +394,15 @@ struct Forward {
         }
     }
 
-    // σ(x) and tanh(z) and their product, with one division.
+    // σ(x) = 1 / d, tanh(z) = e / (e + 2) and their product, with one division.
     struct Product {
         vec sigmoid, tanh, product;
     };
 
     static INLINE Product sigmoid_tanh(vec x, vec z) {
         const vec d = one_plus_exp<real>(x), e = expm1_twice<real>(z);
-        const vec quotient = (real)1 / (d * (e + (real)2)), product = with_sign<real>(quotient * e, sign_of<real>(z));
+        const vec quotient = (real)1 / (d * (e + (real)2));
+        const vec product = with_sign<real>(quotient * e, sign_of<real>(z));
         return {unless_closed<real>(quotient * (e + (real)2), x), product * d,
                 unless_closed<real>(product, x)};
     }

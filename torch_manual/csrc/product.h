@@ -52,7 +52,7 @@ struct Wanted<0> {
     void ask() const {}
 };
 
-// sum[r][v] (+)= Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying `step` after those
+// sum[r][v] = or, with `add`, += Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying `step` after those
 // for k. Few rows are summed in several sets, so that additions need not wait for one another.
 template <bool add, typename real, int ROWS, int VECS, int MOST = 0>
 INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
@@ -63,7 +63,8 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
     int64_t asked = 0;
     for (int64_t start = 0; start < K; start += longest_sum) {
         const int64_t end = least(K, start + longest_sum);
-        if (add || start > 0) __asm__("" : "+m"(sum));  // registers are for what follows
+        // Keeps `sum` in memory meanwhile: with it the compiler would run out of registers.
+        if (add || start > 0) __asm__("" : "+m"(sum));
         vec_of<real> part[SETS][ROWS][VECS] = {};
         int64_t k = start;
         auto add_terms = [&]() ALWAYS_INLINE {
@@ -85,7 +86,7 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                     for (int e = 0; e < EACH; e++) add_terms(), k += SETS;
                 }
             };
-            for (; K < 2 * SETS * (wanted.count - asked); asked++)
+            for (; K < 2 * SETS * (wanted.count - asked); asked++)  // too many for so few terms
                 __builtin_prefetch(wanted.address[asked]);
             if (K < 4 * SETS * wanted.count)
                 add_asking(std::integral_constant<int, 2>());

@@ -40,7 +40,7 @@ struct Vector<float> {
     static constexpr float round_to_integer = 12582912.0f;  // 1.5 · 2²³: adding it rounds
     static constexpr float ln2 = 0.693147181f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     static constexpr float sigmoid_limit = 65.0f, tanh_limit = 9.02f;
-    static constexpr int terms = 6;  // e^r = Σ taylor[k] r^k, |r| ≤ ln2 / 2: the best such polynomial, right to 2⁻²⁹
+    static constexpr int terms = 6;  // e^r = Σ taylor[k] r^k to 2⁻²⁹, |r| ≤ ln2 / 2: minimax, from k = 2 on
     static constexpr float taylor[terms + 1] = {1.0f,           1.0f,           4.9999992e-1f,
                                                1.66664201e-1f, 4.16682262e-2f, 8.37482405e-3f,
                                                1.38368357e-3f};
@@ -158,9 +158,11 @@ INLINE vec_of<real> clamp(vec_of<real> x, real limit) {
     const vec_of<real> high = broadcast<real>(limit), low = broadcast<real>(-limit);
 #if defined(__AVX512F__)  // of a NaN and a number, these instructions give what stands second
     if constexpr (sizeof(real) == 4)
-        return (vec_of<real>)_mm512_maskz_max_ps(-1, (__m512)low, _mm512_maskz_min_ps(-1, (__m512)high, (__m512)x));
+        return (vec_of<real>)_mm512_maskz_max_ps(
+            -1, (__m512)low, _mm512_maskz_min_ps(-1, (__m512)high, (__m512)x));
     else
-        return (vec_of<real>)_mm512_maskz_max_pd(-1, (__m512d)low, _mm512_maskz_min_pd(-1, (__m512d)high, (__m512d)x));
+        return (vec_of<real>)_mm512_maskz_max_pd(
+            -1, (__m512d)low, _mm512_maskz_min_pd(-1, (__m512d)high, (__m512d)x));
 #elif defined(__AVX2__)
     if constexpr (sizeof(real) == 4)
         return (vec_of<real>)_mm256_max_ps((__m256)low, _mm256_min_ps((__m256)high, (__m256)x));
@@ -172,7 +174,7 @@ INLINE vec_of<real> clamp(vec_of<real> x, real limit) {
 #endif
 }
 
-// SCALE · x = n ln2 + r. Returns expm1(r) and sets `power` = 2ⁿ, so that e^(SCALE x) = power + power · expm1(r).
+// SCALE · x = n ln2 + r. Returns expm1(r) and sets `power` = 2ⁿ: e^(SCALE x) is power + power · expm1(r).
 template <int SCALE, typename real>
 INLINE vec_of<real> exp_parts(vec_of<real> x, vec_of<real>& power) {
     using V = Vector<real>;

@@ -265,14 +265,10 @@ class LSTMCell(nn.RNNCellBase):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Tensor]:
-        if input.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for k, state in enumerate(hx or ()):
-            if state.dim() not in (1, 2):
-                raise ValueError(
-                    f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
-                )
-        batched = input.dim() == 2
+        n_dims = input.dim()
+        if n_dims not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {n_dims}D instead")
+        batched = n_dims == 2
         x = input if batched else input.unsqueeze(0)
         if hx is None:
             h, c = (x.new_zeros(x.shape[0], self.hidden_size) for _ in range(2))
@@ -280,15 +276,21 @@ class LSTMCell(nn.RNNCellBase):
             raise RuntimeError("lstm_cell expects two hidden states")
         else:
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        self._check(x, h, c)
+        self._check(x, h, c, batched)
         h, c = lstm_cell(x, (h, c), self._weights())
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
-    def _check(self, x: Tensor, h: Tensor, c: Tensor) -> None:
+    def _check(self, x: Tensor, h: Tensor, c: Tensor, batched: bool) -> None:
         """Refuse what `nn.LSTMCell` refuses, in its words."""
         B, I = x.shape
         if I == self.input_size and h.shape == c.shape == (B, self.hidden_size):
             return
+        for k, state in enumerate((h, c)):
+            n_dims = state.dim() - (not batched)
+            if n_dims not in (1, 2):
+                raise ValueError(
+                    f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {n_dims}D instead"
+                )
         if x.shape[1] != self.input_size:
             raise RuntimeError(
                 f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}"

@@ -67,6 +67,7 @@ setup(
                     "lstm_backward",
                     "lstm_sums",
                     "lstm_tangent",
+                    "peak",
                     "product",
                     "threads",
                     "vector",

@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.cases import CASES, PASSES, TARGETS, Case, Pass, group, quick
 from benchmarks.check import Workload
-from benchmarks.machine import describe, gemm_peak
+from benchmarks.machine import describe, fma_peak
 from benchmarks.measure import (
     block,
     interleaved,
@@ -99,7 +99,7 @@ def measure(workload: Workload, pass_: Pass, threads: int, seconds: float) -> Ro
     )
     if wrong := workload.disagreement(pass_):
         return replace(row, status=f"WRONG: {wrong}")
-    peak = gemm_peak(getattr(torch, case.dtype))
+    peak = fma_peak(getattr(torch, case.dtype))
     with no_garbage_collection():
         stock, ours = timed(workload.stock, pass_), timed(workload.ours, pass_)
         timing = summarize(interleaved(stock, ours, seconds, lost_seconds))
@@ -109,8 +109,8 @@ def measure(workload: Workload, pass_: Pass, threads: int, seconds: float) -> Ro
         stock_ms=timing.stock_ms,
         ours_ms=timing.ours_ms,
         ratio=timing.ratio,
-        limit_share=1e3 * case.flops(pass_) / peak / timing.ours_ms,
-        gemm_peak_gflops=peak / 1e9,
+        limit_share=peak and 1e3 * case.flops(pass_) / peak / timing.ours_ms,
+        fma_peak_gflops=peak and peak / 1e9,
         stock_mib=peak_mib(case, "stock", pass_, threads),
         ours_mib=peak_mib(case, "ours", pass_, threads),
         rounds=timing.rounds,

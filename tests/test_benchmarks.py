@@ -15,6 +15,7 @@ from benchmarks.cases import CASES, TARGETS, Case, Target
 from benchmarks.check import Workload
 from benchmarks.measure import Round
 from benchmarks.workload import Side, side
+from torch_manual.kernels import cpu
 
 SMALL = Case("dense", 3, 2, 4, 5)
 ROW = report.Row(
@@ -23,7 +24,7 @@ ROW = report.Row(
     ours_ms=2.0,
     ratio=1.5,
     limit_share=0.5,
-    gemm_peak_gflops=100.0,
+    fma_peak_gflops=100.0,
     stock_mib=1.0,
     ours_mib=0.5,
 )
@@ -234,3 +235,15 @@ def test_sides_start_alike():
     stock, ours = side(SMALL, "stock"), side(SMALL, "ours")
     for a, b in zip(stock.leaves, ours.leaves, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(cpu.status() != "available", reason="no CPU kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_multiply_adds_are_counted(dtype):
+    for instruction_set in cpu.INSTRUCTION_SETS[
+        cpu.INSTRUCTION_SETS.index(cpu.instruction_set()) :
+    ]:
+        with cpu.override(instruction_set=instruction_set):
+            one = cpu.multiply_add(dtype, 1, 100)
+            assert one > 0
+            assert cpu.multiply_add(dtype, 2, 300) == 6 * one

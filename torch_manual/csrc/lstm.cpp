@@ -3,6 +3,7 @@
 #include "lstm_dual.h"
 #include "lstm_sums.h"
 #include "lstm_tangent.h"
+#include "peak.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -50,6 +51,13 @@ EXPORT int lstm_weight_sums_float64(const WeightSumsArguments<double>* a) {
 }
 EXPORT int lstm_gradients_float32(const GradientsArguments<float>* a) { return run_gradients(*a); }
 EXPORT int lstm_gradients_float64(const GradientsArguments<double>* a) { return run_gradients(*a); }
+
+EXPORT int64_t multiply_add_float32(int64_t threads, int64_t repeats) {
+    return multiply_add<float>(threads, repeats);
+}
+EXPORT int64_t multiply_add_float64(int64_t threads, int64_t repeats) {
+    return multiply_add<double>(threads, repeats);
+}
 
 // The best of the instruction sets built that this processor has.
 EXPORT const char* best_instruction_set() {

@@ -38,6 +38,7 @@ _FUNCTIONS = (
     "lstm_input_sums",
     "lstm_weight_sums",
     "lstm_gradients",
+    "multiply_add",
 )
 HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
@@ -411,6 +412,13 @@ _madvise = _find_madvise()
 def call(name: str, dtype: torch.dtype, arguments: bytes) -> None:
     if _functions()[name, dtype](arguments):
         raise MemoryError(f"{name}: no memory for the packed weights")
+
+
+def multiply_add(dtype: torch.dtype, n_threads: int, repeats: int) -> int:
+    """Keep the processor multiplying and adding in registers; return how many operations it did."""
+    function = _functions()["multiply_add", dtype]
+    function.argtypes, function.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    return function(n_threads, repeats)
 
 
 def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, int]:

@@ -184,17 +184,23 @@ struct WeightSums {
         return of + ((terms.first + k) * args->samples + terms.sample) * width;
     }
 
-    // Packs dpre: the R numbers of a tile for k = 0, then for k = 1, and so on.
+    // Packs dpre: the R numbers of a tile for k = 0, then for k = 1, and so on. They are copied as
+    // one vector of W, whose rest the next k overwrites.
+    static constexpr int W = R <= 4 ? 4 : 8;
+    typedef real Copied
+        __attribute__((vector_size(W * sizeof(real)), aligned(sizeof(real)), may_alias));
+
     void pack(Range mine, const Terms& terms) const {
         const auto& a = *args;
         const int64_t begin = mine.begin * R, end = least(mine.end * R, a.M);
         for (int64_t k = 0; k < terms.count; k++) {
             const real* from = row(a.dpre, a.M, terms, k);
             int64_t m = begin;
-            for (; m + R <= end; m += R)
-                memcpy(packed_dpre + m / R * tile_size + k * R, from + m, R * sizeof(real));
-            for (int64_t r = 0; m < end && r < R; r++)
-                packed_dpre[m / R * tile_size + k * R + r] = m + r < end ? from[m + r] : 0;
+            real* to = packed_dpre + mine.begin * tile_size + k * R;
+            for (; m < end && m + W <= a.M; m += R, to += tile_size)
+                *(Copied*)to = *(const Copied*)(from + m);
+            for (; m < end; m += R, to += tile_size)
+                for (int64_t r = 0; r < R; r++) to[r] = m + r < end ? from[m + r] : 0;
         }
         if (!a.dbias) return;
         real* dbias = a.dbias + terms.sample * a.M;

@@ -144,13 +144,13 @@ class LSTMFunction(PositionalFunction):
         if all(t is None for t in outer):
             return (None,) * len(ctx.needs_input_grad)
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
-        p = Primal.of(ctx.saved_tensors)
+        saved = ctx.saved_tensors
         if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            gradients = lstm_gradients_op(needs, outer, p)
+            gradients = lstm_gradients_op(needs, outer, Primal.of(saved))
         elif torch.is_grad_enabled():
-            gradients = LSTMGradientFunction.apply(needs, *outer, *ctx.saved_tensors)
+            gradients = LSTMGradientFunction.apply(needs, *outer, *saved)
         else:
-            gradients = lstm_gradients(needs, outer, p)
+            gradients = lstm_gradients(needs, outer, Primal.of(saved))
         dx, dh0, dc0, _, _, *dweights = gradients
         return dx, dh0, dc0, None, *dweights
 

@@ -75,7 +75,7 @@ def lstm_gradients(
         if in_blocks and p.x.shape[0] < 2 * BLOCK_ROWS:
             at_once = cpu_gradients.lstm_gradients(needs, outer, *p)
             if at_once is not None:
-                return at_once
+                return _with_peepholes(needs, at_once, p)
         dpre, dh, dh0, dc0 = lstm_backward(*outer, p.c0, p.batch_sizes, p.weights, p.gates, p.cells)
         parts: list[slice | None] = [None]
         if in_blocks:
@@ -104,6 +104,22 @@ def lstm_gradients(
             dh,
             *dweights,
         )
+
+
+def _with_peepholes(
+    needs: Sequence[bool], gradients: tuple[Tensor | None, ...], p: Primal
+) -> tuple[Tensor | None, ...]:
+    """Add the gradients of diagonal peepholes, B15, to all others."""
+    if not any(any(need[5:]) for need in by_direction(needs[3:])):
+        return gradients
+    dx, dh0, dc0, dpre, dh, *dweights = gradients
+    for d, (need, w) in enumerate(
+        zip(by_direction(needs[3:]), by_direction(p.weights), strict=True)
+    ):
+        only = LSTMWeights(*(False,) * 5, *need[5:])  # type: ignore[arg-type]
+        end = (d + 1) * len(need)
+        dweights[end - 3 : end] = _peephole_sums(only, dpre[d], factors_of(only, p, d), w)  # type: ignore[index]
+    return dx, dh0, dc0, dpre, dh, *dweights
 
 
 def lstm_tangents(u: Tensors, p: Primal) -> tuple[Tensor, ...]:
@@ -252,23 +268,27 @@ def sums_of(
     bias = bool(need.bias_ih or need.bias_hh)
     dweight_ih, dweight_hh, db = lstm_weight_sums(dpre, x, h_prev, bias, samples)
     dweight_hr = apart(dh, samples).mT @ apart(m, samples) if m is not None else None  # B14
-    peepholes: Tensors = (None, None, None)
-    if need.weight_ci or need.weight_cf or need.weight_co:
-        dpre_i, dpre_f, _, dpre_o = apart(dpre, samples).chunk(4, -1)
-        c_prev, c = (None if t is None else apart(t, samples) for t in (c_prev, c))
-        w = by_direction(p.weights)[d]
-        peepholes = (
-            _peephole_sum(dpre_i, c_prev, w.weight_ci) if need.weight_ci else None,  # B15
-            _peephole_sum(dpre_f, c_prev, w.weight_cf) if need.weight_cf else None,
-            _peephole_sum(dpre_o, c, w.weight_co) if need.weight_co else None,
-        )
     return LSTMWeights(
         dweight_ih if x is not None else None,  # type: ignore[arg-type]
         dweight_hh if h_prev is not None else None,  # type: ignore[arg-type]
         db if need.bias_ih else None,
         (db.clone() if need.bias_ih else db) if need.bias_hh else None,
         dweight_hr,
-        *peepholes,
+        *_peephole_sums(need, dpre, factors, by_direction(p.weights)[d], samples),
+    )
+
+
+def _peephole_sums(
+    need: LSTMWeights, dpre: Tensor, factors: Factors, w: LSTMWeights, samples: int | None = None
+) -> Tensors:
+    if not any(need[5:]):
+        return None, None, None
+    dpre_i, dpre_f, _, dpre_o = apart(dpre, samples).chunk(4, -1)
+    c_prev, c = (None if t is None else apart(t, samples) for t in factors[3:])
+    return (
+        _peephole_sum(dpre_i, c_prev, w.weight_ci) if need.weight_ci else None,  # B15
+        _peephole_sum(dpre_f, c_prev, w.weight_cf) if need.weight_cf else None,
+        _peephole_sum(dpre_o, c, w.weight_co) if need.weight_co else None,
     )
 
 

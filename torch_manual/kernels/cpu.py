@@ -56,6 +56,9 @@ class Grid(NamedTuple):
     units: int = 1
 
 
+_ALONE = Grid()
+
+
 class _Override(NamedTuple):
     instruction_set: str | None = None
     grid: Grid | None = None
@@ -178,7 +181,7 @@ def grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
         return _override.grid
     n = threads(D * work)
     if n == 1:
-        return Grid()
+        return _ALONE
     directions = D if n >= D else 1
     n //= directions
     if n == 1 or work < _WORTH_A_THREAD:

@@ -35,12 +35,13 @@ def lstm_gradients(
 ) -> tuple[Tensor | None, ...] | None:
     """`lstm_gradients` of functions/lstm_gradients.py; None where this does not serve.
 
-    It serves dense and packed batches in float32 and float64, without projections and peepholes.
+    It serves dense and packed batches in float32 and float64, without projections and full
+    peepholes. The gradients of diagonal peepholes are left out.
     """
     dtype = x.dtype
     if (
         dtype not in DTYPES
-        or any(w is not None for k, w in enumerate(weights) if k % _N_WEIGHTS > 3)
+        or any(w is not None and _refused(k % _N_WEIGHTS, w) for k, w in enumerate(weights))
         or len(x) == 0
         or dispatched(*outer, x, h0, c0, y, gates, cells, *weights)
         or backend.triton_serves(x)
@@ -101,6 +102,11 @@ def lstm_gradients(
         gates.new_empty(D, 0),
         *dweights,
     )
+
+
+def _refused(place: int, w: Tensor) -> bool:
+    """Whether a weight, the `place`-th of LSTMWeights, is a projection or a full peephole."""
+    return place == 4 or (place > 4 and w.dim() == 2)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The sums over time in the compiled kernel (B10 to B13), beside plain torch in float64."""
+"""The sums over time in the compiled kernel (B10 to B13, B15), beside plain torch in float64."""
 
 import itertools
 
@@ -50,6 +50,20 @@ def test_input_sums(instruction_set):
             with cpu.override(instruction_set=instruction_set, grid=grid):
                 ours = lstm_sums.lstm_input_sums([*dpre], [*weights])
             assert (error([ours], [right]) <= 1e-12 * H**0.5).all(), (N, H, I, D, grid)
+
+
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_sums_of_diagonal_peepholes(instruction_set):
+    for N, H, _, _ in SIZES:
+        dpre, c_prev, c = draw((N, 4 * H), (N, H), (N, H))
+        i, f, _, o = dpre.chunk(4, 1)
+        right = [(i * c_prev).sum(0), (f * c_prev).sum(0), (o * c).sum(0)]
+        for grid in THREADS:
+            with cpu.override(instruction_set=instruction_set, grid=grid):
+                ours = lstm_sums.lstm_peephole_sums(dpre, c_prev, c)
+            assert (error(ours, right) <= 1e-12 * N**0.5).all(), (N, H, grid)
+        single = lstm_sums.lstm_peephole_sums(dpre.float(), c_prev.float(), c.float())
+        assert (error(single, right) <= 1e-5 * N**0.5).all(), (N, H)
 
 
 @pytest.mark.parametrize("instruction_set", BUILT)

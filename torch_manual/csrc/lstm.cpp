@@ -49,6 +49,12 @@ EXPORT int lstm_weight_sums_float32(const WeightSumsArguments<float>* a) {
 EXPORT int lstm_weight_sums_float64(const WeightSumsArguments<double>* a) {
     return run_sums<WeightSums<double>>(*a);
 }
+EXPORT int lstm_peephole_sums_float32(const PeepholeSumsArguments<float>* a) {
+    return run_peephole_sums(*a);
+}
+EXPORT int lstm_peephole_sums_float64(const PeepholeSumsArguments<double>* a) {
+    return run_peephole_sums(*a);
+}
 EXPORT int lstm_gradients_float32(const GradientsArguments<float>* a) { return run_gradients(*a); }
 EXPORT int lstm_gradients_float64(const GradientsArguments<double>* a) { return run_gradients(*a); }
 

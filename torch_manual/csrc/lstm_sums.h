@@ -33,6 +33,16 @@ struct WeightSumsArguments {
     const int64_t* batch_sizes;  // as in Sizes
 };
 
+// The gradients of diagonal peepholes.
+template <typename real>
+struct PeepholeSumsArguments {
+    int64_t N, H, threads;
+    const real* dpre;    // (N, 4H)
+    const real* c_prev;  // (N, H), every row's c_{t-1}
+    const real* c;       // (N, H)
+    real* dweight[3];    // (H,) each: into i, f and o
+};
+
 // A backward pass and all sums that follow it.
 template <typename real>
 struct GradientsArguments {
@@ -265,6 +275,34 @@ struct WeightSums {
             }
     }
 };
+
+template <typename real>
+int run_peephole_sums(const PeepholeSumsArguments<real>& a) {
+    using vec = vec_of<real>;
+    constexpr int64_t L = Vector<real>::lanes, depth = WeightSums<real>::depth;
+    run_on(Grid{1, 1, a.threads}, [&](int64_t thread, const Grid& grid, Barrier&) {
+        const Range mine = share((a.H + L - 1) / L, thread, grid.size());
+        for (int64_t n = 0; n < a.N; n += depth)
+            for (int64_t u = mine.begin * L; u < least(mine.end * L, a.H); u += L)
+                for (int64_t g = 0; g < 3; g++) {
+                    const int64_t lanes = a.H - u, end = least(a.N, n + depth);
+                    const real* dpre = a.dpre + (g < 2 ? g : 3) * a.H + u;
+                    const real* c = (g < 2 ? a.c_prev : a.c) + u;
+                    vec sum[4] = {};
+                    for (int64_t k = n; k < end; k += 4)
+#pragma GCC unroll 4
+                        for (int j = 0; j < 4; j++)
+                            if (k + j < end)
+                                sum[j] += load(dpre + (k + j) * 4 * a.H, lanes) *
+                                          load(c + (k + j) * a.H, lanes);
+                    real* to = a.dweight[g] + u;
+                    vec total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+                    if (n > 0) total += load(to, lanes);
+                    store(to, total, lanes);  // B15
+                }
+    });
+    return 0;
+}
 
 template <typename Sums, typename Arguments>
 int run_sums(const Arguments& a) {

@@ -20,7 +20,12 @@ from torch import Tensor
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.kernels import cpu_gradients
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward
-from torch_manual.kernels.lstm_sums import apart, lstm_input_sums, lstm_weight_sums
+from torch_manual.kernels.lstm_sums import (
+    apart,
+    lstm_input_sums,
+    lstm_peephole_sums,
+    lstm_weight_sums,
+)
 from torch_manual.kernels.lstm_tangent import lstm_backward_tangent, lstm_tangent
 from torch_manual.kernels.rows import Run, previous, runs
 
@@ -283,6 +288,10 @@ def _peephole_sums(
 ) -> Tensors:
     if not any(need[5:]):
         return None, None, None
+    diagonal = w.weight_ci is not None and w.weight_ci.dim() == 1
+    c_prev, c = factors[3:]
+    if all(need[5:]) and diagonal and samples is None and c_prev is not None and c is not None:
+        return lstm_peephole_sums(dpre, c_prev, c)
     dpre_i, dpre_f, _, dpre_o = apart(dpre, samples).chunk(4, -1)
     c_prev, c = (None if t is None else apart(t, samples) for t in factors[3:])
     return (

@@ -37,6 +37,7 @@ _FUNCTIONS = (
     "lstm_backward_tangent",
     "lstm_input_sums",
     "lstm_weight_sums",
+    "lstm_peephole_sums",
     "lstm_gradients",
     "multiply_add",
 )

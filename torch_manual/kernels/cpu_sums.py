@@ -17,6 +17,7 @@ from torch_manual.kernels import cpu
 DTYPES = (torch.float32, torch.float64)
 _input_sums_arguments = struct.Struct("10q").pack
 _NOT_DELAYED = (0,) * 6
+_peephole_sums_arguments = struct.Struct("9q").pack
 _weight_sums_arguments = struct.Struct(f"{cpu.WEIGHT_SUMS_WORDS}q").pack
 
 
@@ -64,3 +65,15 @@ def lstm_weight_sums(
         ),
     )
     return results[0], results[1], results[2]
+
+
+def lstm_peephole_sums(dpre: Tensor, c_prev: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    dpre, c_prev, c = dpre.contiguous(), c_prev.contiguous(), c.contiguous()
+    N, H = c.shape
+    dweights = c.new_empty(H), c.new_empty(H), c.new_empty(H)
+    if N == 0:
+        return tuple(t.zero_() for t in dweights)
+    threads = cpu.threads(N * 3 * H)
+    addresses = (t.data_ptr() for t in (dpre, c_prev, c, *dweights))
+    cpu.call("lstm_peephole_sums", c.dtype, _peephole_sums_arguments(N, H, threads, *addresses))
+    return dweights

@@ -55,6 +55,24 @@ def lstm_weight_sums(
     return _weight_sums_cpu(dpre, x, h_prev, bias, samples)
 
 
+def lstm_peephole_sums(dpre: Tensor, c_prev: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients (H,) of a direction's diagonal peepholes into i, f and o.
+
+    Args:
+        dpre: (N, 4H).
+        c_prev: (N, H), every step's c_{t-1}.
+        c: (N, H).
+    """
+    if (
+        dispatched(dpre, c_prev, c)
+        or dpre.dtype not in cpu_sums.DTYPES
+        or not cpu.serves(dpre.dtype)
+    ):
+        dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
+        return (dpre_i * c_prev).sum(0), (dpre_f * c_prev).sum(0), (dpre_o * c).sum(0)  # B15
+    return cpu_sums.lstm_peephole_sums(dpre, c_prev, c)
+
+
 def apart(t: Tensor, samples: int | None) -> Tensor:
     """(…, row·sample, K) → (…, sample, row, K); `t` itself without samples."""
     return t if samples is None else t.unflatten(-2, (-1, samples)).transpose(-2, -3)

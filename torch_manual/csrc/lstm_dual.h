@@ -10,7 +10,7 @@ template <typename real>
 struct Dual : Forward<real> {
     using Base = Forward<real>;
     using typename Base::Chunk, typename Base::Step, typename Base::vec;
-    using Base::args, Base::B, Base::bias, Base::c, Base::direction, Base::h, Base::H, Base::hh,
+    using Base::args, Base::B, Base::bias, Base::c, Base::direction, Base::fused, Base::h, Base::H, Base::hh,
         Base::I, Base::ih, Base::input_part, Base::input_rows, Base::L, Base::P, Base::panels,
         Base::rows, Base::stride_c, Base::stride_h, Base::stride_pre, Base::T, Base::w;
 
@@ -22,12 +22,12 @@ struct Dual : Forward<real> {
     real* tinput_part;  // tx W_ihᵀ + x tW_ihᵀ of some steps
 
     struct DualStep : Step {
-        const real *tpre, *th_prev, *tc_prev;
+        const real *tx, *tpre, *th_prev, *tc_prev;
         real *th, *tc, *ty, *tcells;
     };
 
     void plan(Workspace& workspace, const DualArguments<real>& a, int64_t d, const Rows& r) {
-        Base::plan(workspace, a, d, r, false);
+        Base::plan(workspace, a, d, r);
         dual = &a, tw = a.tweights[d];
         tih = workspace.take<real>(tw.weight_ih ? panels * I * 4 * L : 0);
         thh = workspace.take<real>(tw.weight_hh ? panels * P * 4 * L : 0);
@@ -36,7 +36,7 @@ struct Dual : Forward<real> {
             th[k] = workspace.take<real>(B * stride_h);
             tc[k] = workspace.take<real>(B * stride_c);
         }
-        const int64_t kept = has_input_part() ? B + a.sizes.grid.batches * Base::chunk_rows : 0;
+        const int64_t kept = has_input_part() && !fused ? B + a.sizes.grid.batches * Base::chunk_rows : 0;
         tinput_part = workspace.take<real>(kept * stride_pre);
     }
 
@@ -64,6 +64,7 @@ struct Dual : Forward<real> {
     void run(const Part& part, int64_t batch) const { Base::run_chunks(*this, part, batch); }
 
     void project(const Part& part, const Chunk& chunk) const {
+        if (fused) return;
         Base::project(part, chunk);
         if (dual->tx)
             Base::project(part, chunk, {this, dual->tx, ih, nullptr, false, nullptr}, tinput_part);
@@ -76,7 +77,8 @@ struct Dual : Forward<real> {
         DualStep step;
         static_cast<Step&>(step) = Base::step_at(t, s, input_rows(t, chunk, input_part));
         const int64_t start = rows.start(t);
-        step.tpre = has_input_part() ? input_rows(t, chunk, tinput_part) : nullptr;
+        step.tx = dual->tx ? dual->tx + start * I : nullptr;
+        step.tpre = has_input_part() && !fused ? input_rows(t, chunk, tinput_part) : nullptr;
         step.th_prev = th[s & 1], step.th = th[~s & 1];
         step.tc_prev = tc[s & 1], step.tc = tc[~s & 1];
         step.ty = dual->ty + (start * args->sizes.D + direction) * P;
@@ -103,6 +105,13 @@ struct Dual : Forward<real> {
             const real* const hh = f.hh + panel * f.P * 4 * L;
             vec sum[ROWS][4], tsum[ROWS][4];
             clear(sum), clear(tsum);
+            if (f.fused) {
+                const real *const x = step->x + row * f.I, *const ih = f.ih + panel * f.I * 4 * L;
+                f.set_input(sum, x, panel);
+                if (step->tx) add_product(tsum, step->tx + row * f.I, f.I, ih, 4 * L, f.I);
+                if (f.tw.weight_ih)
+                    add_product(tsum, x, f.I, f.tih + panel * f.I * 4 * L, 4 * L, f.I);
+            }
             add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);
             add_product(tsum, step->th_prev + row * f.stride_h, f.stride_h, hh, 4 * L, f.P);
             if (f.tw.weight_hh)
@@ -110,7 +119,7 @@ struct Dual : Forward<real> {
             for (int r = 0; r < ROWS; r++) {
                 const int64_t at = (row + r) * f.stride_pre + u;
                 for (int g = 0; g < 4; g++) {
-                    sum[r][g] += load(step->pre + at + g * f.H, lanes);  // F1
+                    if (!f.fused) sum[r][g] += load(step->pre + at + g * f.H, lanes);  // F1
                     tsum[r][g] += load(f.tbias + (g * f.panels + panel) * L);  // R1
                     if (step->tpre) tsum[r][g] += load(step->tpre + at + g * f.H, lanes);
                 }

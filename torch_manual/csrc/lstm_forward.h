@@ -44,8 +44,7 @@ struct Forward {
     bool full() const { return args->sizes.full_peepholes; }
     bool packed() const { return !args->unpacked; }
 
-    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r,
-              bool may_fuse = !tangent) {
+    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r) {
         args = &a, rows = r, w = a.weights[d];
         direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
@@ -65,7 +64,7 @@ struct Forward {
         }
         m = workspace.take<real>(w.weight_hr ? B * stride_c : 0);
         stride_pre = tangent ? 4 * H : row_stride<real>(4 * H);
-        fused = may_fuse && packed() && !full() && pays_to_fuse(s);
+        fused = !tangent && packed() && !full() && pays_to_fuse(s);
         const bool unused = tangent || fused || (!packed() && !full());
         const int64_t kept = unused ? 0 : B + s.grid.batches * chunk_rows;
         input_part = workspace.take<real>(kept * stride_pre);
@@ -277,6 +276,18 @@ struct Forward {
         }
     };
 
+    // The same where it is fused: x Wᵀ + b of a tile's rows.
+    template <int ROWS>
+    INLINE void set_input(vec (&sum)[ROWS][4], const real* x, int64_t panel) const {
+        set_product(sum, x, I, ih + panel * I * 4 * L, 4 * L, I);
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; g++) {
+            const vec b = load(bias + (g * panels + panel) * L);
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++) sum[r][g] += b;
+        }
+    }
+
     struct GateTile {
         static constexpr int max_rows = wide_rows;
         const Forward* self;
@@ -290,13 +301,7 @@ struct Forward {
             for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
             const real *h_prev = step->h_prev + row * f.stride_h, *hh = f.hh + panel * f.P * 4 * L;
             if (!tangent && f.fused) {
-                set_product(sum, step->x + row * f.I, f.I, f.ih + panel * f.I * 4 * L, 4 * L, f.I);
-#pragma GCC unroll 4
-                for (int g = 0; g < 4; g++) {
-                    const vec b = load(f.bias + (g * f.panels + panel) * L);
-#pragma GCC unroll 12
-                    for (int r = 0; r < ROWS; r++) sum[r][g] += b;
-                }
+                f.set_input(sum, step->x + row * f.I, panel);
                 add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);  // F1
             } else {
                 set_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);

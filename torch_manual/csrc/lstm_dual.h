@@ -10,9 +10,9 @@ template <typename real>
 struct Dual : Forward<real> {
     using Base = Forward<real>;
     using typename Base::Chunk, typename Base::Step, typename Base::vec;
-    using Base::args, Base::B, Base::bias, Base::c, Base::direction, Base::fused, Base::h, Base::H, Base::hh,
-        Base::I, Base::ih, Base::input_part, Base::input_rows, Base::L, Base::P, Base::panels,
-        Base::rows, Base::stride_c, Base::stride_h, Base::stride_pre, Base::T, Base::w;
+    using Base::args, Base::B, Base::bias, Base::c, Base::direction, Base::fused, Base::h, Base::H,
+        Base::hh, Base::I, Base::ih, Base::input_part, Base::input_rows, Base::L, Base::P,
+        Base::panels, Base::rows, Base::stride_c, Base::stride_h, Base::stride_pre, Base::T, Base::w;
 
     const DualArguments<real>* dual;
     Weights<real> tw;
@@ -36,7 +36,8 @@ struct Dual : Forward<real> {
             th[k] = workspace.take<real>(B * stride_h);
             tc[k] = workspace.take<real>(B * stride_c);
         }
-        const int64_t kept = has_input_part() && !fused ? B + a.sizes.grid.batches * Base::chunk_rows : 0;
+        const bool used = has_input_part() && !fused;
+        const int64_t kept = used ? B + a.sizes.grid.batches * Base::chunk_rows : 0;
         tinput_part = workspace.take<real>(kept * stride_pre);
     }
 

@@ -52,8 +52,8 @@ struct Wanted<0> {
     void ask() const {}
 };
 
-// sum[r][v] = or, with `add`, += Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying `step` after those
-// for k. Few rows are summed in several sets, so that additions need not wait for one another.
+// sum[r][v] = or, with `add`, += Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying
+// `step` after those for k. Few rows are summed in several sets, so that additions need not wait for one another.
 template <bool add, typename real, int ROWS, int VECS, int MOST = 0>
 INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
                     const real* panel, int64_t step, int64_t K, const Wanted<MOST>& wanted = {}) {

@@ -44,16 +44,10 @@ def _fake(
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     dcells: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    batch_sizes: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    weights: Tensors,
+    *primal: Any,
 ) -> list[Tensor]:
-    inputs = zip((x, h0, c0, *weights), needs, strict=True)
+    p = Primal(*primal)
+    inputs = zip((p.x, p.h0, p.c0, *p.weights), needs, strict=True)
     return [t.new_empty(t.shape) for t, need in inputs if need and t is not None]
 
 

@@ -291,7 +291,9 @@ def _peephole_sums(
     diagonal = w.weight_ci is not None and w.weight_ci.dim() == 1
     c_prev, c = factors[3:]
     if all(need[5:]) and diagonal and samples is None and c_prev is not None and c is not None:
-        return lstm_peephole_sums(dpre, c_prev, c)
+        sums = lstm_peephole_sums(dpre, c_prev, c)
+        if sums is not None:
+            return sums
     dpre_i, dpre_f, _, dpre_o = apart(dpre, samples).chunk(4, -1)
     c_prev, c = (None if t is None else apart(t, samples) for t in factors[3:])
     return (

@@ -55,8 +55,10 @@ def lstm_weight_sums(
     return _weight_sums_cpu(dpre, x, h_prev, bias, samples)
 
 
-def lstm_peephole_sums(dpre: Tensor, c_prev: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def lstm_peephole_sums(dpre: Tensor, c_prev: Tensor, c: Tensor) -> tuple[Tensor, ...] | None:
     """Return the gradients (H,) of a direction's diagonal peepholes into i, f and o.
+
+    None where the CPU kernel does not serve.
 
     Args:
         dpre: (N, 4H).
@@ -68,9 +70,8 @@ def lstm_peephole_sums(dpre: Tensor, c_prev: Tensor, c: Tensor) -> tuple[Tensor,
         or dpre.dtype not in cpu_sums.DTYPES
         or not cpu.serves(dpre.dtype)
     ):
-        dpre_i, dpre_f, _, dpre_o = dpre.chunk(4, -1)
-        return (dpre_i * c_prev).sum(0), (dpre_f * c_prev).sum(0), (dpre_o * c).sum(0)  # B15
-    return cpu_sums.lstm_peephole_sums(dpre, c_prev, c)
+        return None
+    return cpu_sums.lstm_peephole_sums(dpre, c_prev, c)  # B15
 
 
 def apart(t: Tensor, samples: int | None) -> Tensor:

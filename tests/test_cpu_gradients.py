@@ -26,6 +26,12 @@ def all_of(p):
     return True, True, True, *(w is not None for w in p.weights)
 
 
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Chunks of at most 9 rows, so that a batch has many of them."""
+    monkeypatch.setattr(cpu_gradients, "chunk_rows", lambda *_: 9)
+
+
 def gradients(p, needs=None, outer=None, backend="cpu"):
     """Where needed, dx, dh0, dc0 and the weights' gradients; dpre and dh always."""
     with torch_manual.use_backend(backend):
@@ -38,7 +44,7 @@ def given(tensors):
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    return lambda: monkeypatch.setattr(cpu_gradients, "lstm_gradients", lambda *_: None)
+    return lambda: monkeypatch.setattr(cpu_gradients, "serves", lambda *_: False)
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -54,7 +60,12 @@ def test_agrees_with_plain_torch(instruction_set, name):
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_is_to_the_bit_what_the_ops_give(name, one_by_one):
+def test_many_chunks_agree_with_one(name, short_chunks):
+    test_agrees_with_plain_torch(BUILT[0], name)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_one_chunk_is_to_the_bit_what_the_ops_give(name, one_by_one):
     problems = [problem(*sizes, **CLASSES[name]) for sizes in (*SIZES, (70, 5, 3, 9))]
     with cpu.override(grid=GRIDS[0]):
         ours = [given(gradients(p)) for p in problems]
@@ -92,7 +103,7 @@ def test_both_biases_have_gradients_of_their_own():
 @pytest.mark.parametrize("name", [n for n in CLASSES if n not in SERVED])
 def test_leaves_what_it_does_not_serve_to_the_ops(name):
     p = problem(4, 3, 2, 5, **CLASSES[name])
-    assert cpu_gradients.lstm_gradients(all_of(p), p.outer, *primal(p)) is None
+    assert not cpu_gradients.serves(p.x, p.weights)
 
 
 def test_any_layout():
@@ -117,9 +128,28 @@ def test_any_layout():
         assert torch.equal(a, b)
 
 
-def test_long_batches_are_left_to_the_ops_in_blocks(monkeypatch):
+@pytest.mark.parametrize("name", [n for n in CLASSES if n not in SERVED])
+def test_ops_sum_long_batches_in_blocks(name, monkeypatch):
     monkeypatch.setattr(functions, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(cpu_gradients, "lstm_gradients", None)
-    p = problem(20, 2, 3, 4)
+    p = problem(20, 2, 3, 4, **CLASSES[name])
     right = given(gradients(p, backend="eager"))
     assert (error(given(gradients(p)), right) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_recomputed_to_the_bit(name, grid, short_chunks):
+    """c kept before some steps only, and gates and cells made again from there."""
+    for sizes in (*SIZES, (70, 5, 3, 9)):
+        p = problem(*sizes, **CLASSES[name])
+        for steps in (1, 2, 5):
+            with cpu.override(grid=grid):
+                right = lstm_gradients(all_of(p), (*p.outer[:3], None), primal(p), keep_dpre=False)
+                y, h_n, c_n, c_kept = cpu_gradients.lstm_forward(*p[:5], steps)
+                again = *p[:4], y, None, None, p.weights
+                ours = cpu_gradients.lstm_gradients(
+                    all_of(p), (*p.outer[:3], None), *again, recompute=steps, c_kept=c_kept
+                )
+                plain = lstm_forward(*p[:5], True)
+            assert all(map(torch.equal, (y, h_n, c_n), plain)), sizes
+            assert all(map(torch.equal, given(ours), given(right))), (sizes, steps)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import torch_manual
 from torch_manual.functions import lstm_gradients
+from torch_manual.kernels import cpu_gradients
 
 AVAILABLE = [name for name, s in torch_manual.backends().items() if s == "available"]
 KWARGS = [
@@ -25,6 +26,7 @@ KWARGS = [
 @pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "triton"])
 def test_bit_identical(backend, cls, kwargs, packed, monkeypatch):
     monkeypatch.setattr(lstm_gradients, "BLOCK_ROWS", 300)
+    monkeypatch.setattr(cpu_gradients, "chunk_rows", lambda *_: 50)
     plain = cls(5, 19, **kwargs)
     lean = cls(5, 19, recompute=20, **kwargs)
     lean.load_state_dict(plain.state_dict())

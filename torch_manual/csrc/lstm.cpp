@@ -1,7 +1,7 @@
 // The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return 0, or 1
 // when memory ran out.
 #include "lstm_dual.h"
-#include "lstm_sums.h"
+#include "lstm_gradients.h"
 #include "lstm_tangent.h"
 #include "peak.h"
 

@@ -38,15 +38,18 @@ struct Sizes {
 template <typename real>
 struct ForwardArguments {
     Sizes sizes;
-    int64_t unpacked;  // 1: few rows in all, read the weights where they are
-    const real* x;     // (N, I)
-    const real* h0;    // (D, B, P)
-    const real* c0;    // (D, B, H)
-    real* y;           // (N, D·P)
-    real* h_n;         // (D, B, P)
-    real* c_n;         // (D, B, H)
-    real* gates;       // (D, N, 4H), or null when no backward pass follows
-    real* cells;       // (D, N, H), or null
+    int64_t unpacked;   // 1: few rows in all, read the weights where they are
+    int64_t recompute;  // K: keep c before every K-th step, as Segments has it; 0: do not
+    int64_t chunk_rows;  // of Segments, with `recompute`
+    const real* x;      // (N, I)
+    const real* h0;     // (D, B, P)
+    const real* c0;     // (D, B, H)
+    real* y;            // (N, D·P)
+    real* h_n;          // (D, B, P)
+    real* c_n;          // (D, B, H)
+    real* gates;        // (D, N, 4H), or null when no backward pass follows
+    real* cells;        // (D, N, H), or null
+    real* c_kept;       // (segments, D, B, H), with `recompute`
     Weights<real> weights[2];
 };
 
@@ -148,6 +151,29 @@ struct Rows {
     }
 };
 
+// The steps in chunks of at most `chunk_rows` rows, or one step, whose part of a gradient is summed at
+// once; and the chunks in segments, of K steps at least, before which a pass that is to be run again
+// keeps its state.
+struct Segments {
+    int64_t *chunks, *segments;  // the first step of every chunk, the first chunk of every segment
+    int64_t n_chunks = 0, n = 0;
+
+    void plan(Workspace& workspace, const Rows& rows, int64_t T, int64_t K, int64_t chunk_rows) {
+        chunks = workspace.take<int64_t>(T + 1), segments = workspace.take<int64_t>(T + 1);
+        if (!chunks) return;
+        n_chunks = n = 0;
+        for (int64_t t = 0; t < T; n_chunks++) {
+            if (n_chunks == 0 || t - chunks[segments[n - 1]] >= K) segments[n++] = n_chunks;
+            chunks[n_chunks] = t;
+            int64_t n_rows = rows.alive(t++);
+            while (t < T && n_rows + rows.alive(t) <= chunk_rows) n_rows += rows.alive(t++);
+        }
+        chunks[n_chunks] = T, segments[n] = n_chunks;
+    }
+    // The first step of segment k; of the one after the last, T.
+    int64_t start(int64_t k) const { return chunks[segments[k]]; }
+};
+
 // The stride of rows of n numbers: whole cache lines, and no multiple of 1 KB, at which the rows of
 // a tile would share a few sets of the L1 cache.
 template <typename real>
@@ -177,8 +203,8 @@ struct Part {
     }
 };
 
-// Runs both directions of a Forward or Backward pass on the grid. `Pass` has plan(), prepare(), the
-// share of one thread in what comes before the first step, and run().
+// Runs both directions of a Forward or Backward pass on the grid. `Pass` has plan(), start(), prepare(),
+// the share of one thread in what comes before the first step, and run().
 template <typename Pass, typename Arguments>
 int run_layer(const Arguments& a) {
     const Sizes& sizes = a.sizes;
@@ -194,6 +220,7 @@ int run_layer(const Arguments& a) {
         for (int64_t d = 0; d < sizes.D; d++) directions[d].plan(workspace, a, d, rows);
     }
     rows.fill();
+    for (int64_t d = 0; d < sizes.D; d++) directions[d].start();
     for (int64_t k = 0; k < n_barriers; k++) barriers[k] = Barrier((int)sizes.grid.units);
     run_on(sizes.grid, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
         for (int64_t d = 0; d < sizes.D; d++) directions[d].prepare(thread, grid.size());

@@ -21,6 +21,12 @@ struct Backward {
     int64_t T, B, H, P, direction, reverse;
     int64_t pairs, panels_p;  // of 2L units, of 2L outputs
 
+    // What the forward pass kept of this direction's steps [low, high), from row `first_row` on, and
+    // c before them, (B, H); dpre of this direction from row `first_dpre` on.
+    const real *gates, *cells, *c_entry;
+    real* to_dpre;
+    int64_t low, high, first_row, first_dpre;
+
     // Borrowed memory. Panels of 2L outputs: hh (4H, 2L). Of 2L units: hr (P, 2L), and the full
     // peepholes out of i and f, (2H, 2L), and out of o, (H, 2L).
     real *hh, *hr, *peep_if, *peep_o;
@@ -55,6 +61,14 @@ struct Backward {
         dh = workspace.take<real>(w.weight_hr ? B * stride_dh : 0);
     }
 
+    // What a plan cannot know while `starts` is not filled.
+    void start() {
+        const int64_t row = direction * rows.start(T);
+        gates = args->gates + row * 4 * H, cells = args->cells + row * H, c_entry = nullptr;
+        to_dpre = args->dpre + row * 4 * H;
+        low = 0, high = T, first_row = first_dpre = 0;
+    }
+
     // Packs the weights and sets dc_next before the last step.
     void prepare(int64_t thread, int64_t threads) {
         const Range of_outputs = share(panels_p, thread, threads);
@@ -86,9 +100,12 @@ struct Backward {
     // A single step uses W_hh once: it is read where it is, but for a panel wider than what is left.
     bool packed(int64_t panel) const { return T > 1 || (panel + 1) * 2 * L > P; }
 
-    void run(const Part& part, int64_t) const {
-        for (int64_t s = T - 1; s >= 0; s--) {
-            const int64_t t = reverse ? T - 1 - s : s;
+    void run(const Part& part, int64_t) const { run_steps(part, 0, T); }
+
+    // The steps [begin, end) of time.
+    void run_steps(const Part& part, int64_t begin, int64_t end) const {
+        for (int64_t k = 0; k < end - begin; k++) {
+            const int64_t t = reverse ? begin + k : end - 1 - k, s = reverse ? T - 1 - t : t;
             const int64_t next = reverse ? t - 1 : t + 1, prev = reverse ? t + 1 : t - 1;
             Step step = step_at(t, s, prev);
             step.going_on = rows.alive(next), step.has_prev = rows.alive(prev);
@@ -103,13 +120,18 @@ struct Backward {
         step.row = row, step.row_prev = rows.alive(prev) ? direction * N + rows.start(prev) : 0;
         step.dpre_next = dpre[~s & 1], step.dpre_kept = dpre[s & 1];
         if (args->dy) step.dy = args->dy + start * args->stride_dy + direction * P;
-        step.gates = args->gates + row * 4 * H;
-        step.cells = args->cells + row * H;
-        step.cells_prev = rows.alive(prev) ? args->cells + (direction * N + rows.start(prev)) * H : nullptr;
+        step.gates = gates + (start - first_row) * 4 * H;
+        step.cells = cells + (start - first_row) * H;
+        step.cells_prev = rows.alive(prev) ? cells_of(prev) : nullptr;
         if (args->dcells) step.dcells = args->dcells + row * H;
-        step.dpre = args->dpre + row * 4 * H;
+        step.dpre = to_dpre + (start - first_dpre) * 4 * H;
         if (w.weight_hr) step.dh = args->dh + row * P;
         return step;
+    }
+
+    // c of step t, or of the one before [low, high).
+    const real* cells_of(int64_t t) const {
+        return t >= low && t < high ? cells + (rows.start(t) - first_row) * H : c_entry;
     }
 
     // Covers the sequences that go on with tiles that have a product, and the others without.

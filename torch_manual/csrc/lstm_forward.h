@@ -22,6 +22,9 @@ struct Forward {
     int64_t T, B, I, H, P, direction, reverse;
     int64_t panels, pairs, panels_p;  // of L units, of 2L units, of 2L outputs
     bool fused;  // the input part is not made beforehand, but in registers at its step
+    Segments segments;
+    real *gates, *cells;  // of this direction, from row `first_row` on, or null
+    int64_t first_row;
 
     // Borrowed memory. Panels: of L units, gate by gate, ih (I, 4, L) and hh (P, 4, L); peepholes
     // into i and f (H, 2, L); of 2L units or outputs: the peephole into o, and hr, (H, 2L).
@@ -49,6 +52,7 @@ struct Forward {
         direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
         T = s.T, B = s.B, I = s.I, H = s.H, P = s.P;
+        if (a.recompute) segments.plan(workspace, rows, T, a.recompute, a.chunk_rows);
         panels = (H + L - 1) / L, pairs = (H + 2 * L - 1) / (2 * L);
         panels_p = (P + 2 * L - 1) / (2 * L);
         stride_h = row_stride<real>(P), stride_c = row_stride<real>(H);
@@ -68,6 +72,14 @@ struct Forward {
         const bool unused = tangent || fused || (!packed() && !full());
         const int64_t kept = unused ? 0 : B + s.grid.batches * chunk_rows;
         input_part = workspace.take<real>(kept * stride_pre);
+    }
+
+    // What a plan cannot know while `starts` is not filled.
+    void start() {
+        const int64_t row = direction * rows.start(T);
+        gates = args->gates ? args->gates + row * 4 * H : nullptr;
+        cells = args->cells ? args->cells + row * H : nullptr;
+        first_row = 0;
     }
 
     // Where a step has the rows for a tile, W_ih is read at every step for little. Packed batches
@@ -135,27 +147,72 @@ struct Forward {
     // `Pass` has project(), a chunk's input parts, run_step() and finish().
     template <typename Pass>
     void run_chunks(const Pass& pass, const Part& part, int64_t batch) const {
+        if (args->recompute) return run_segments(part, batch);
+        run_steps(pass, part, batch, 0, T);
+        if (part.unit == 0) pass.finish(part.sequences);
+    }
+
+    // Steps [first, last) in order of execution.
+    template <typename Pass>
+    void run_steps(const Pass& pass, const Part& part, int64_t batch, int64_t first,
+                   int64_t last) const {
         const Range& mine = part.sequences;
         const bool whole = mine.end - mine.begin == B;
-        for (int64_t s = 0, end; s < T; s = end) {
-            end = chunk_end(s, mine, whole);
+        for (int64_t s = first, end; s < last; s = end) {
+            end = chunk_end(s, last, mine, whole);
             const int64_t low = reverse ? T - end : s, high = reverse ? T - s : end;
             const Chunk chunk = {low, high, mine.begin + batch * chunk_rows, whole, mine};
             pass.project(part, chunk);
             for (int64_t k = s; k < end; k++)
                 pass.run_step(part, chunk, reverse ? T - 1 - k : k, k);
         }
-        if (part.unit == 0) pass.finish(mine);
+    }
+
+    // All steps, keeping c before every segment.
+    void run_segments(const Part& part, int64_t batch) const {
+        const Range& mine = part.sequences;
+        for (int64_t k = 0; k < segments.n; k++) {
+            const int64_t segment = reverse ? segments.n - 1 - k : k;
+            const Range steps = in_order(segments.start(segment), segments.start(segment + 1));
+            real* kept = args->c_kept + (segment * args->sizes.D + direction) * B * H;
+            for (int64_t b = mine.begin; b < mine.end && part.unit == 0; b++)
+                memcpy(kept + b * H, c[steps.begin & 1] + b * stride_c, H * sizeof(real));
+            run_steps(*this, part, batch, steps.begin, steps.end);
+        }
+        if (part.unit == 0) finish(mine);
+    }
+
+    // Runs the steps [low, high) again, from c_entry (B, H) and the h of the step before, in y.
+    void run_again(const Part& part, int64_t batch, int64_t low, int64_t high, const real* y,
+                   const real* c_entry) const {
+        const int64_t prev = reverse ? high : low - 1, going_on = rows.alive(prev);
+        const Range& mine = part.sequences;
+        for (int64_t b = mine.begin; b < mine.end && part.unit == 0; b++) {
+            const real* h_b = args->h0 + (direction * B + b) * P;
+            if (b < going_on) h_b = y + ((rows.start(prev) + b) * args->sizes.D + direction) * P;
+            for (int k = 0; k < 2; k++) {
+                memcpy(h[k] + b * stride_h, h_b, P * sizeof(real));
+                memcpy(c[k] + b * stride_c, c_entry + b * H, H * sizeof(real));
+            }
+        }
+        part.barrier_wait();
+        const Range steps = in_order(low, high);
+        run_steps(*this, part, batch, steps.begin, steps.end);
+    }
+
+    // The steps [low, high) of time in order of execution.
+    Range in_order(int64_t low, int64_t high) const {
+        return reverse ? Range{T - high, T - low} : Range{low, high};
     }
 
     // The step, in order of execution, before which the chunk that begins at `s` ends.
-    int64_t chunk_end(int64_t s, const Range& mine, bool whole) const {
+    int64_t chunk_end(int64_t s, int64_t last, const Range& mine, bool whole) const {
         if (!whole) {
             const int64_t steps = chunk_rows / (mine.end - mine.begin + !(mine.end - mine.begin));
-            return least(T, s + (steps > 1 ? steps : 1));
+            return least(last, s + (steps > 1 ? steps : 1));
         }
         int64_t end = s;
-        for (int64_t n = 0; end < T; end++) {
+        for (int64_t n = 0; end < last; end++) {
             n += rows.alive(reverse ? T - 1 - end : end);
             if (n > chunk_rows && end > s) break;
         }
@@ -195,17 +252,17 @@ struct Forward {
     }
 
     Step step_at(int64_t t, int64_t s, real* pre) const {
-        const int64_t start = rows.start(t), row = direction * rows.start(T) + start;
+        const int64_t start = rows.start(t);
         Step step;
         step.pre = pre;
         step.x = args->x + start * I;
         step.h_prev = h[s & 1], step.h = h[~s & 1];
         step.c_prev = c[s & 1], step.c = c[~s & 1];
-        step.y = args->y + (start * args->sizes.D + direction) * P;
-        step.gates = args->gates ? args->gates + row * 4 * H : nullptr;
-        step.cells = args->cells ? args->cells + row * H : nullptr;
+        step.y = args->y ? args->y + (start * args->sizes.D + direction) * P : nullptr;
+        step.gates = gates ? gates + (start - first_row) * 4 * H : nullptr;
+        step.cells = cells ? cells + (start - first_row) * H : nullptr;
         if constexpr (tangent) {
-            const int64_t prev = reverse ? t + 1 : t - 1;
+            const int64_t prev = reverse ? t + 1 : t - 1, row = direction * rows.start(T) + start;
             step.has_prev = rows.alive(prev);
             step.of_gates = args->of_gates + row * 4 * H;
             step.of_cells = args->of_cells + row * H;
@@ -265,7 +322,8 @@ struct Forward {
                 for (int r = 0; r < ROWS; r++)
                     for (int g = 0; g < 4; g++)
                         __builtin_prefetch(pre + (row + r) * f.stride_pre + g * f.H + panel * L, 1);
-            set_product(sum, x + row * f.I, f.I, weight + panel * f.I * 4 * L, 4 * L, f.I);
+            // A single row is summed as many are: how many stand here together is chance.
+            product<false, 1>(sum, x + row * f.I, f.I, weight + panel * f.I * 4 * L, 4 * L, f.I);
             for (int r = 0; r < ROWS; r++)
                 for (int g = 0; g < 4; g++) {
                     vec b = bias ? load(bias + (g * f.panels + panel) * L) : vec{};
@@ -395,7 +453,7 @@ struct Forward {
             store(m + b * stride_c + u, m_new.product, lanes);
         } else {
             store(step.h + b * stride_h + u, m_new.product, lanes);
-            store(step.y + b * args->sizes.D * P + u, m_new.product, lanes);
+            if (step.y) store(step.y + b * args->sizes.D * P + u, m_new.product, lanes);
         }
     }
 
@@ -418,7 +476,7 @@ struct Forward {
         if (!step.gates) return;
         for (int g = 0; g < 4; g++) __builtin_prefetch(step.gates + b * 4 * H + g * H + u, 1);
         __builtin_prefetch(step.cells + b * H + u, 1);
-        __builtin_prefetch(step.y + b * args->sizes.D * P + u, 1);
+        if (step.y) __builtin_prefetch(step.y + b * args->sizes.D * P + u, 1);
     }
 
     // The same of the tangent, R2 to R7.

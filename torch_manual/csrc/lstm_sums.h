@@ -43,15 +43,6 @@ struct PeepholeSumsArguments {
     real* dweight[3];    // (H,) each: into i, f and o
 };
 
-// A backward pass and all sums that follow it.
-template <typename real>
-struct GradientsArguments {
-    BackwardArguments<real> backward;
-    InputSumsArguments<real> input;      // if its dx is not null
-    WeightSumsArguments<real> weight[2];  // if anything is asked for
-    real* dbias_hh[2];                   // (M,), a copy of dbias, or null
-};
-
 template <typename real>
 struct InputSums {
     using vec = vec_of<real>;
@@ -83,14 +74,26 @@ struct InputSums {
     }
 
     void run(int64_t thread, int64_t threads) const {
-        const Range mine = share(args->N, thread, threads);
+        for (int64_t d = 0; d < args->D; d++)
+            run_rows(thread, threads, d, args->dpre[d], {0, args->N}, d > 0);
+    }
+
+    // Sets dx of some rows, or adds to it, from direction d's dpre of these.
+    void run_rows(int64_t thread, int64_t threads, int64_t d, const real* dpre, const Range& rows,
+                  bool add) const {
+        const Range mine = share(rows.end - rows.begin, thread, threads);
+        const Tile tile = {this, d, dpre, args->dx + rows.begin * args->I, add};
         for (int64_t row = mine.begin; row < mine.end; row += chunk_rows)
-            cover(Tile{this}, row, least(row + chunk_rows, mine.end), 0, panels());
+            cover(tile, row, least(row + chunk_rows, mine.end), 0, panels());
     }
 
     struct Tile {
         static constexpr int max_rows = narrow_rows;
         const InputSums* self;
+        int64_t d;
+        const real* dpre;
+        real* dx;
+        bool add;
 
         template <int ROWS>
         NOINLINE void tile(int64_t row, int64_t panel) const {
@@ -104,19 +107,17 @@ struct InputSums {
         INLINE void columns(int64_t row, int64_t panel) const {
             const auto& a = *self->args;
             const bool whole = self->packed(panel);
-            for (int64_t d = 0; d < a.D; d++) {
-                const real* weight = whole ? self->packed_weight[d] + panel * a.K * 2 * L
-                                           : a.weight_ih[d] + panel * 2 * L;
-                vec sum[ROWS][VECS];
-                clear(sum);
-                add_product(sum, a.dpre[d] + row * a.K, a.K, weight, whole ? 2 * L : a.I, a.K);  // B10
-                for (int r = 0; r < ROWS; r++)
-                    for (int v = 0; v < VECS; v++) {
-                        const int64_t i = (2 * panel + v) * L;
-                        real* at = a.dx + (row + r) * a.I + i;
-                        store(at, d > 0 ? load(at, a.I - i) + sum[r][v] : sum[r][v], a.I - i);
-                    }
-            }
+            const real* weight = whole ? self->packed_weight[d] + panel * a.K * 2 * L
+                                       : a.weight_ih[d] + panel * 2 * L;
+            vec sum[ROWS][VECS];
+            clear(sum);
+            add_product(sum, dpre + row * a.K, a.K, weight, whole ? 2 * L : a.I, a.K);  // B10
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < VECS; v++) {
+                    const int64_t i = (2 * panel + v) * L;
+                    real* at = dx + (row + r) * a.I + i;
+                    store(at, add ? load(at, a.I - i) + sum[r][v] : sum[r][v], a.I - i);
+                }
         }
     };
 };
@@ -142,33 +143,42 @@ struct WeightSums {
 
     void prepare(int64_t, int64_t) {}
 
-    // Every thread makes its share of the rows of both weights.
-    void run(int64_t thread, int64_t threads) const {
-        const auto& a = *args;
-        const Range mine = share(tiles(), thread, threads);
-        real* columns = packed_columns + thread * depth * V * L;
-        const real* rows[depth];
-        Position at = {0, 0, 0};
-        for (int64_t s = 0; s < a.samples; s++)
-            for (int64_t n = 0; n < a.N; n += depth) {
-                const Terms terms = {s, n, least(depth, a.N - n)};
-                pack(mine, terms);
-                if (a.dweight_ih) {
-                    for (int64_t k = 0; k < terms.count; k++) rows[k] = row(a.x, a.I, terms, k);
-                    add_columns(mine, columns, rows, a.dweight_ih, a.I, terms);  // B11
-                }
-                if (a.dweight_hh) {
-                    for (int64_t k = 0; k < terms.count; k++)
-                        rows[k] = a.h0 ? before(at) : row(a.h_prev, a.P, terms, k);
-                    add_columns(mine, columns, rows, a.dweight_hh, a.P, terms);  // B12
-                }
-            }
-    }
-
     // Sequence b at step t, whose first row is `start`.
     struct Position {
         int64_t t, b, start;
     };
+
+    void run(int64_t thread, int64_t threads) const {
+        const auto& a = *args;
+        for (int64_t s = 0; s < a.samples; s++)
+            run_rows(thread, threads, s, a.dpre + s * a.M, {0, a.N}, {0, 0, 0}, false);
+    }
+
+    // Sets the sums over some rows of a sample, or adds them, from dpre of these; `at` is where the
+    // first one stands. Every thread makes its share of the rows of both weights.
+    void run_rows(int64_t thread, int64_t threads, int64_t sample, const real* dpre,
+                  const Range& summed, Position at, bool add) const {
+        const auto& a = *args;
+        const Range mine = share(tiles(), thread, threads);
+        real* columns = packed_columns + thread * depth * V * L;
+        const real* rows[depth];
+        const int64_t N = summed.end - summed.begin, parts = (N + depth - 1) / depth;
+        for (int64_t part = 0; part < parts; part++) {
+            const Range of = share(N, part, parts);
+            const Terms terms = {sample, summed.begin + of.begin, of.end - of.begin,
+                                 add || part > 0};
+            pack(mine, dpre + of.begin * a.samples * a.M, terms);
+            if (a.dweight_ih) {
+                for (int64_t k = 0; k < terms.count; k++) rows[k] = row(a.x, a.I, terms, k);
+                add_columns(mine, columns, rows, a.dweight_ih, a.I, terms);  // B11
+            }
+            if (a.dweight_hh) {
+                for (int64_t k = 0; k < terms.count; k++)
+                    rows[k] = a.h0 ? before(at) : row(a.h_prev, a.P, terms, k);
+                add_columns(mine, columns, rows, a.dweight_hh, a.P, terms);  // B12
+            }
+        }
+    }
 
     int64_t alive(int64_t t) const {
         if (t < 0 || t >= args->T) return 0;
@@ -185,9 +195,10 @@ struct WeightSums {
         return first ? a.h0 + b * a.P : a.h_prev + (start + b) * a.stride_h;
     }
 
-    // Rows `first` to `first + count` of a sample.
+    // Rows `first` to `first + count` of a sample, to set the sums or to `add` to them.
     struct Terms {
         int64_t sample, first, count;
+        bool add;
     };
 
     const real* row(const real* of, int64_t width, const Terms& terms, int64_t k) const {
@@ -200,11 +211,12 @@ struct WeightSums {
     typedef real Copied
         __attribute__((vector_size(W * sizeof(real)), aligned(sizeof(real)), may_alias));
 
-    void pack(Range mine, const Terms& terms) const {
+    void pack(Range mine, const real* dpre, const Terms& terms) const {
         const auto& a = *args;
+        const int64_t stride = a.samples * a.M;
         const int64_t begin = mine.begin * R, end = least(mine.end * R, a.M);
         for (int64_t k = 0; k < terms.count; k++) {
-            const real* from = row(a.dpre, a.M, terms, k);
+            const real* from = dpre + k * stride;
             int64_t m = begin;
             real* to = packed_dpre + mine.begin * tile_size + k * R;
             for (; m < end && m + W <= a.M; m += R, to += tile_size)
@@ -219,9 +231,9 @@ struct WeightSums {
             for (int64_t k = 0; k < terms.count; k += 8)
 #pragma GCC unroll 8
                 for (int j = 0; j < 8; j++)
-                    if (k + j < terms.count) sum[j] += load(row(a.dpre, a.M, terms, k + j) + m, end - m);
+                    if (k + j < terms.count) sum[j] += load(dpre + (k + j) * stride + m, end - m);
             vec total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-            if (terms.first > 0) total += load(dbias + m, end - m);
+            if (terms.add) total += load(dbias + m, end - m);
             store(dbias + m, total, end - m);  // B13
         }
     }
@@ -270,36 +282,56 @@ struct WeightSums {
             for (int v = 0; v < VECS; v++) {
                 if (r >= rows) continue;
                 real* at = to + r * width + v * L;
-                const vec before = terms.first > 0 ? load(at, left - v * L) : vec{};
+                const vec before = terms.add ? load(at, left - v * L) : vec{};
                 store(at, before + sum[r][v], left - v * L);
             }
     }
 };
 
+// Sets the gradients of the diagonal peepholes of units [begin, end), or adds to them, over `count`
+// rows of dpre (·, 4H) and c (·, H); c_prev has every row's c_{t-1}. A null gradient is not made.
+template <typename real>
+void add_peepholes(const Range& units, int64_t H, const real* dpre, const real* const* c_prev,
+                   const real* c, int64_t count, real* const (&dweight)[3], bool add) {
+    using vec = vec_of<real>;
+    constexpr int64_t L = Vector<real>::lanes;
+    for (int64_t u = units.begin; u < units.end; u += L)
+        for (int64_t g = 0; g < 3; g++) {
+            if (!dweight[g]) continue;
+            const int64_t lanes = H - u;
+            vec sum[4] = {};
+            for (int64_t k = 0; k < count; k += 4)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    if (k + j < count)
+                        sum[j] += load(dpre + (k + j) * 4 * H + (g < 2 ? g : 3) * H + u, lanes) *
+                                  load((g < 2 ? c_prev[k + j] : c + (k + j) * H) + u, lanes);
+            vec total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            if (add) total += load(dweight[g] + u, lanes);
+            store(dweight[g] + u, total, lanes);  // B15
+        }
+}
+
+// The share of a thread in H units, in whole vectors.
+template <typename real>
+Range share_units(int64_t H, int64_t thread, int64_t threads) {
+    constexpr int64_t L = Vector<real>::lanes;
+    const Range mine = share((H + L - 1) / L, thread, threads);
+    return {mine.begin * L, least(mine.end * L, H)};
+}
+
 template <typename real>
 int run_peephole_sums(const PeepholeSumsArguments<real>& a) {
-    using vec = vec_of<real>;
-    constexpr int64_t L = Vector<real>::lanes, depth = WeightSums<real>::depth;
+    constexpr int64_t depth = WeightSums<real>::depth;
     run_on(Grid{1, 1, a.threads}, [&](int64_t thread, const Grid& grid, Barrier&) {
-        const Range mine = share((a.H + L - 1) / L, thread, grid.size());
-        for (int64_t n = 0; n < a.N; n += depth)
-            for (int64_t u = mine.begin * L; u < least(mine.end * L, a.H); u += L)
-                for (int64_t g = 0; g < 3; g++) {
-                    const int64_t lanes = a.H - u, end = least(a.N, n + depth);
-                    const real* dpre = a.dpre + (g < 2 ? g : 3) * a.H + u;
-                    const real* c = (g < 2 ? a.c_prev : a.c) + u;
-                    vec sum[4] = {};
-                    for (int64_t k = n; k < end; k += 4)
-#pragma GCC unroll 4
-                        for (int j = 0; j < 4; j++)
-                            if (k + j < end)
-                                sum[j] += load(dpre + (k + j) * 4 * a.H, lanes) *
-                                          load(c + (k + j) * a.H, lanes);
-                    real* to = a.dweight[g] + u;
-                    vec total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-                    if (n > 0) total += load(to, lanes);
-                    store(to, total, lanes);  // B15
-                }
+        const Range mine = share_units<real>(a.H, thread, grid.size());
+        const real* c_prev[depth];
+        for (int64_t n = 0; n < a.N; n += depth) {
+            const int64_t count = least(depth, a.N - n);
+            for (int64_t k = 0; k < count; k++) c_prev[k] = a.c_prev + (n + k) * a.H;
+            add_peepholes(mine, a.H, a.dpre + n * 4 * a.H, c_prev, a.c + n * a.H, count, a.dweight,
+                          n > 0);
+        }
     });
     return 0;
 }
@@ -316,19 +348,6 @@ int run_sums(const Arguments& a) {
         everyone.wait();
         sums.run(thread, grid.size());
     });
-    return 0;
-}
-
-template <typename real>
-int run_gradients(const GradientsArguments<real>& a) {
-    if (run_layer<Backward<real>>(a.backward)) return 1;
-    if (a.input.dx && run_sums<InputSums<real>>(a.input)) return 1;
-    for (int64_t d = 0; d < a.input.D; d++) {
-        const WeightSumsArguments<real>& sums = a.weight[d];
-        if (!sums.dweight_ih && !sums.dweight_hh && !sums.dbias) continue;
-        if (run_sums<WeightSums<real>>(sums)) return 1;
-        if (a.dbias_hh[d]) memcpy(a.dbias_hh[d], sums.dbias, sums.M * sizeof(real));
-    }
     return 0;
 }
 

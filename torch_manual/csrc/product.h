@@ -53,12 +53,14 @@ struct Wanted<0> {
 };
 
 // sum[r][v] = or, with `add`, += Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying
-// `step` after those for k. Few rows are summed in several sets, so that additions need not wait for one another.
-template <bool add, typename real, int ROWS, int VECS, int MOST = 0>
+// `step` after those for k. Few rows are summed in several sets, so that additions need not wait for
+// one another.
+template <bool add, int MOST_SETS = 4, typename real, int ROWS, int VECS, int MOST = 0>
 INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
                     const real* panel, int64_t step, int64_t K, const Wanted<MOST>& wanted = {}) {
     constexpr int L = Vector<real>::lanes;
-    constexpr int SETS = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
+    constexpr int FEW = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
+    constexpr int SETS = FEW < MOST_SETS ? FEW : MOST_SETS;
     if (!add && K <= 0) clear(sum);
     int64_t asked = 0;
     for (int64_t start = 0; start < K; start += longest_sum) {

@@ -78,7 +78,7 @@ def lstm_layer(
     _check(x, h0, c0, weights)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if recompute is not None and torch.is_grad_enabled():
-        y, h_n, c_n, _, _ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
+        y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
     elif duals := lstm_forward_mode(rows, h0, c0, batch_sizes, flat, return_cells):
         y, h_n, c_n, cells = duals
     elif _needs_graph(x, h0, c0, *flat):
@@ -150,7 +150,7 @@ class LSTMFunction(PositionalFunction):
         elif torch.is_grad_enabled():
             gradients = LSTMGradientFunction.apply(needs, *outer, *saved)
         else:
-            gradients = lstm_gradients(needs, outer, Primal.of(saved))
+            gradients = lstm_gradients(needs, outer, Primal.of(saved), keep_dpre=False)
         dx, dh0, dc0, _, _, *dweights = gradients
         return dx, dh0, dc0, None, *dweights
 

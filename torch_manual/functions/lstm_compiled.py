@@ -34,7 +34,8 @@ def _gradients(
     *primal: Any,
 ) -> list[Tensor]:
     outer = dy, dh_n, dc_n, dcells
-    dx, dh0, dc0, _, _, *dweights = lstm_gradients(needs, outer, Primal(*primal))
+    gradients = lstm_gradients(needs, outer, Primal(*primal), keep_dpre=False)
+    dx, dh0, dc0, _, _, *dweights = gradients
     return [t for t in (dx, dh0, dc0, *dweights) if t is not None]
 
 

@@ -64,7 +64,11 @@ class Factors(NamedTuple):
 
 
 def lstm_gradients(
-    needs: Sequence[bool], outer: Tensors, p: Primal, samples: int | None = None
+    needs: Sequence[bool],
+    outer: Tensors,
+    p: Primal,
+    samples: int | None = None,
+    keep_dpre: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """Return dx, dh0, dc0, dpre, dh and the gradient of every weight.
 
@@ -74,13 +78,12 @@ def lstm_gradients(
         p: the forward pass.
         samples: if given, rows hold this many samples side by side, (row, sample), whose weights'
             gradients are kept apart: these and dx then have a leading dimension of samples.
+        keep_dpre: False if dpre and dh are not looked at; they may then be None.
     """
     in_blocks = samples is None and not torch.compiler.is_compiling()
     with autocast_off(p.gates):
-        if in_blocks and p.x.shape[0] < 2 * BLOCK_ROWS:
-            at_once = cpu_gradients.lstm_gradients(needs, outer, *p)
-            if at_once is not None:
-                return _with_peepholes(needs, at_once, p)
+        if in_blocks and cpu_gradients.serves(p.x, p.weights, *outer, *p[1:3], *p[4:7]):
+            return cpu_gradients.lstm_gradients(needs, outer, *p, keep_dpre)
         dpre, dh, dh0, dc0 = lstm_backward(*outer, p.c0, p.batch_sizes, p.weights, p.gates, p.cells)
         parts: list[slice | None] = [None]
         if in_blocks:
@@ -109,22 +112,6 @@ def lstm_gradients(
             dh,
             *dweights,
         )
-
-
-def _with_peepholes(
-    needs: Sequence[bool], gradients: tuple[Tensor | None, ...], p: Primal
-) -> tuple[Tensor | None, ...]:
-    """Add the gradients of diagonal peepholes, B15, to all others."""
-    if not any(any(need[5:]) for need in by_direction(needs[3:])):
-        return gradients
-    dx, dh0, dc0, dpre, dh, *dweights = gradients
-    for d, (need, w) in enumerate(
-        zip(by_direction(needs[3:]), by_direction(p.weights), strict=True)
-    ):
-        only = LSTMWeights(*(False,) * 5, *need[5:])  # type: ignore[arg-type]
-        end = (d + 1) * len(need)
-        dweights[end - 3 : end] = _peephole_sums(only, dpre[d], factors_of(only, p, d), w)  # type: ignore[index]
-    return dx, dh0, dc0, dpre, dh, *dweights
 
 
 def lstm_tangents(u: Tensors, p: Primal) -> tuple[Tensor, ...]:

@@ -1,8 +1,10 @@
 """The LSTM's gradient in little memory: run the forward pass again, a segment at a time.
 
 Only h and c at the start of every segment are kept. The backward pass goes through the segments in
-reverse, computes the gates and cells of one again and forgets them. The sums over time are taken
-over the blocks of lstm_gradients.py, so every gradient is bit for bit what it would have been.
+reverse, computes the gates and cells of one again and forgets them. Where one call of the kernel
+makes a gradient, one makes it here, too (kernels/cpu_gradients.py). Elsewhere this file goes op by
+op, and takes the sums over time over the blocks of lstm_gradients.py. Either way every gradient is
+bit for bit what it would have been.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch_manual.functions.lstm_gradients import (
     factors_of,
     sums_of,
 )
+from torch_manual.kernels import cpu_gradients
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward, lstm_forward
 from torch_manual.kernels.rows import Run, runs
 
@@ -31,7 +34,10 @@ Plan = list[list[tuple[int, Run]]]
 
 
 class LSTMRecomputeFunction(torch.autograd.Function):
-    """(x, h0, c0, batch_sizes, steps, weights) → (y, h_n, c_n, h and c where segments start)."""
+    """(x, h0, c0, batch_sizes, steps, weights) → (y, h_n, c_n, c and h where segments start).
+
+    Where cpu_gradients.py serves, the kernel does all of it and takes h from y.
+    """
 
     @staticmethod
     def forward(
@@ -41,7 +47,10 @@ class LSTMRecomputeFunction(torch.autograd.Function):
         batch_sizes: Tensor | None,
         steps: int,
         *weights: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
+        if cpu_gradients.serves(x, weights, h0, c0):
+            with autocast_off(x):
+                return *cpu_gradients.lstm_forward(x, h0, c0, batch_sizes, weights, steps), None
         segments = [s for block in _plan(x, h0, batch_sizes, steps) for s in block]
         P = h0.shape[2]
         y = x.new_empty(x.shape[0], h0.shape[0] * P)
@@ -56,15 +65,15 @@ class LSTMRecomputeFunction(torch.autograd.Function):
                     y_s, h_s, c_s, _, _ = lstm_forward(*given, w, False, d == 1)
                     y[segment.rows, d * P : (d + 1) * P] = y_s
                     h[d, alive], c[d, alive] = h_s[0], c_s[0]
-        return y, h, c, h_starts, c_starts
+        return y, h, c, c_starts, h_starts
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, _, _, batch_sizes, ctx.steps, *weights = inputs
-        y, _, _, h_starts, c_starts = output
-        ctx.mark_non_differentiable(h_starts, c_starts)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
+        *given, ctx.steps = inputs[:5]
+        y, _, _, *starts = output
+        ctx.mark_non_differentiable(*(t for t in starts if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, batch_sizes, y, h_starts, c_starts, *weights)
+        ctx.save_for_backward(*given, y, *starts, *inputs[5:])
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -86,17 +95,26 @@ class LSTMRecomputeGradientFunction(torch.autograd.Function):
         dh_n: Tensor | None,
         dc_n: Tensor | None,
         x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
         batch_sizes: Tensor | None,
         y: Tensor,
-        h_starts: Tensor,
         c_starts: Tensor,
+        h_starts: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        if h_starts is None:
+            outer, primal = (dy, dh_n, dc_n, None), (x, h0, c0, batch_sizes, y, None, None, weights)
+            with autocast_off(x):
+                dx, dh0, dc0, _, _, *dweights = cpu_gradients.lstm_gradients(
+                    needs, outer, *primal, recompute=steps, c_kept=c_starts
+                )
+            return dx, dh0, dc0, *dweights
         P = h_starts.shape[3]
         dx = torch.empty_like(x) if needs[0] else None
         dh = torch.zeros_like(h_starts[0]) if dh_n is None else dh_n.clone()
         dc = torch.zeros_like(c_starts[0]) if dc_n is None else dc_n.clone()
-        dweights: list[Tensor | None] = []
+        dweights = []
         with autocast_off(x):
             for d, need in enumerate(by_direction(needs[3:])):
                 columns = slice(d * P, (d + 1) * P)

@@ -202,11 +202,10 @@ def threads(work: int) -> int:
     return torch.get_num_threads()
 
 
-# Sizes take twelve words; then come `unpacked` and eight pointers, or eleven and a stride.
-FORWARD_WORDS = 12 + 9 + 2 * _WEIGHTS
+# Sizes take twelve words; then come three more and nine pointers, or eleven pointers and a stride.
+FORWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
 BACKWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
-WEIGHT_SUMS_WORDS = 12 + 6
-_forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
+forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
 _dual_arguments = struct.Struct(f"{FORWARD_WORDS + 7 + 2 * _WEIGHTS}q").pack
 _backward_arguments = struct.Struct(f"{BACKWARD_WORDS}q").pack
 
@@ -241,11 +240,10 @@ def lstm_forward(
     call(
         "lstm_forward",
         dtype,
-        _forward_arguments(
+        forward_arguments(
             *(T, B, I, H, P, D, full, reverse, *grid(T, B, work, H, D), lengths),
-            _unpacked(T, N, H),
-            *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
-            *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), gates.data_ptr(), cells.data_ptr()),
+            *(unpacked(T, N, H), 0, 0, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
+            *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), gates.data_ptr(), cells.data_ptr(), 0),
             *pointers,
         ),
     )
@@ -266,10 +264,10 @@ def lstm_step(
     call(
         "lstm_forward",
         x.dtype,
-        _forward_arguments(
+        forward_arguments(
             *(1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0),
-            _unpacked(1, B, H),
-            *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), 0, 0),
+            *(unpacked(1, B, H), 0, 0),
+            *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), 0, 0, 0),
             *pointers,
         ),
     )
@@ -307,10 +305,10 @@ def lstm_dual(
         "lstm_dual",
         x.dtype,
         _dual_arguments(
-            *(T, B, I, H, H, D, 0, False, *grid(T, B, N * 4 * H * products, H, D), lengths, 0),
-            *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
+            *(T, B, I, H, H, D, 0, False, *grid(T, B, N * 4 * H * products, H, D), lengths),
+            *(0, 0, 0, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(t.data_ptr() for t in out[:3]),
-            *(0, out[3].data_ptr() if return_cells else 0),
+            *(0, out[3].data_ptr() if return_cells else 0, 0),
             *pointers,
             *(0 if t is None else t.data_ptr() for t in (tx, th0, tc0)),
             *(t.data_ptr() for t in tout[:3]),
@@ -321,7 +319,7 @@ def lstm_dual(
     return out, tout
 
 
-def _unpacked(T: int, N: int, H: int) -> bool:
+def unpacked(T: int, N: int, H: int) -> bool:
     """Whether packing the weights would not pay for so few rows."""
     if _override.unpacked is not None:
         return _override.unpacked

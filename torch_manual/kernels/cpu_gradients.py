@@ -1,7 +1,9 @@
-"""A backward pass and the sums that follow it in one call of the compiled kernel: B1 to B13.
+"""A backward pass and the sums that follow it in one call of the compiled kernel: B1 to B13, B15.
 
 The ops of kernels/lstm.py and kernels/lstm_sums.py, but nothing is looked at in between: small
-layers spend more time in Python than in their gradient, and h_{t-1} need not be copied for B12.
+layers spend more time in Python than in their gradient, and the kernel takes the sums over a few
+steps while what they are sums of is in the cache (csrc/lstm_gradients.h). To train in little
+memory, the same call runs the forward pass again, a segment at a time.
 """
 
 from __future__ import annotations
@@ -16,9 +18,60 @@ from torch_manual.kernels import backend, cpu, memory
 from torch_manual.kernels.cpu_sums import DTYPES
 from torch_manual.kernels.lstm import LSTMWeights, dispatched
 
+SMALL = 256  # units: beyond, the weights that a chunk's sums read leave no cache for its dpre
 _N_WEIGHTS = len(LSTMWeights._fields)
-_NOTHING = (0,) * cpu.WEIGHT_SUMS_WORDS
-_arguments = struct.Struct(f"{cpu.BACKWARD_WORDS + 10 + 2 * cpu.WEIGHT_SUMS_WORDS + 2}q").pack
+_NOTHING = (0,) * _N_WEIGHTS
+_arguments = struct.Struct(f"{12 + 3 + 5 + 16 + 4 * _N_WEIGHTS}q").pack
+
+
+def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) -> bool:
+    """Whether this file does, given all tensors of a call.
+
+    It does for dense and packed batches in float32 and float64 without projections and full
+    peepholes.
+    """
+    return (
+        x.dtype in DTYPES
+        and _is_plain(weights)
+        and x.shape[0] > 0
+        and not dispatched(x, *others, *weights)
+        and not backend.triton_serves(x)
+        and cpu.serves(x.dtype)
+    )
+
+
+def chunk_rows(H: int, itemsize: int) -> int:
+    """How many rows of a recurrence to do before the sums over them: of 2 MiB of dpre, or 1024."""
+    return (2 << 20) // (4 * H * itemsize) if H <= SMALL else 1024
+
+
+def lstm_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    recompute: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, h_n, c_n and, (segments, D, B, H), c before every segment of `recompute` steps."""
+    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
+    weights, pointers, _ = cpu.in_c_order(weights)
+    (N, I), (D, B, H) = x.shape, c0.shape
+    T, lengths = cpu.steps(N, B, batch_sizes)
+    y, h_n, c_n = cpu.empty(x, N, D * H), torch.empty_like(h0), torch.empty_like(c0)
+    rows = chunk_rows(H, x.element_size())
+    c_kept = x.new_empty(-(-T // max(recompute, rows // B)), D, B, H)
+    cpu.call(
+        "lstm_forward",
+        x.dtype,
+        cpu.forward_arguments(
+            *(T, B, I, H, H, D, 0, False, *cpu.grid(T, B, N * 4 * H * (I + H), H, D), lengths),
+            *(cpu.unpacked(T, N, H), recompute, rows, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
+            *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), 0, 0, c_kept.data_ptr()),
+            *pointers,
+        ),
+    )
+    return y, h_n, c_n, c_kept
 
 
 def lstm_gradients(
@@ -29,69 +82,48 @@ def lstm_gradients(
     c0: Tensor,
     batch_sizes: Tensor | None,
     y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
+    gates: Tensor | None,
+    cells: Tensor | None,
     weights: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...] | None:
-    """`lstm_gradients` of functions/lstm_gradients.py; None where this does not serve.
+    keep_dpre: bool = False,
+    recompute: int = 0,
+    c_kept: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """`lstm_gradients` of functions/lstm_gradients.py, where `serves` has it so.
 
-    It serves dense and packed batches in float32 and float64, without projections and full
-    peepholes. The gradients of diagonal peepholes are left out.
+    Args:
+        keep_dpre: return dpre and dh; else None stands in their place.
+        recompute, c_kept: what `lstm_forward` was given and has kept, in place of gates and cells.
     """
-    dtype = x.dtype
-    if (
-        dtype not in DTYPES
-        or any(w is not None and _refused(k % _N_WEIGHTS, w) for k, w in enumerate(weights))
-        or len(x) == 0
-        or dispatched(*outer, x, h0, c0, y, gates, cells, *weights)
-        or backend.triton_serves(x)
-        or not cpu.serves(dtype)
-    ):
-        return None
     dy, stride_dy = cpu.rows_of(outer[0])
     dh_n, dc_n, dcells = (None if t is None else t.contiguous() for t in outer[1:])
-    x, h0, c0, y, gates, cells = (t.contiguous() for t in (x, h0, c0, y, gates, cells))
+    x, h0, c0, y = x.contiguous(), h0.contiguous(), c0.contiguous(), y.contiguous()
+    gates, cells = (None if t is None else t.contiguous() for t in (gates, cells))
     weights, pointers, _ = cpu.in_c_order(weights)
-    (N, I), (D, B, H), M = x.shape, c0.shape, gates.shape[2]
+    (N, I), (D, B, H) = x.shape, c0.shape
     T, lengths = cpu.steps(N, B, batch_sizes)
     dx = cpu.empty(x, N, I) if needs[0] else None
-    dpre = memory.empty(gates, D, N, M)
+    rows = chunk_rows(H, x.element_size())
+    in_full = keep_dpre or (H > SMALL and not recompute)
+    dpre = memory.empty(x, D, N, 4 * H) if in_full else None
     dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
-    size = x.element_size()
-    at_dpre, at_h0, at_y = dpre.data_ptr(), h0.data_ptr(), y.data_ptr()
-    dweights: list[Tensor | None] = []
-    sums: list[int] = []
-    copies = [0, 0]
-    for d in range(D):
-        ih, hh, b_ih, b_hh = needs[3 + d * _N_WEIGHTS :][:4]
-        given = (
-            cpu.empty(x, M, I) if ih else None,
-            cpu.empty(x, M, H) if hh else None,
-            x.new_empty(M) if b_ih else None,
-            x.new_empty(M) if b_hh else None,
-        )
-        dweights += *given, None, None, None, None
-        dweight_ih, dweight_hh, dbias_ih, dbias_hh = _addresses(given)
-        if b_ih and b_hh:
-            copies[d] = dbias_hh
-        threads = cpu.threads(N * M * (I * ih + H * hh))
-        sums += N, I, H, M, threads, 1
-        sums += at_dpre + d * N * M * size, x.data_ptr(), at_y + d * H * size
-        sums += dweight_ih, dweight_hh, dbias_ih or dbias_hh
-        sums += at_h0 + d * B * H * size, y.stride(0), d, T, B, lengths
+    dweights = [
+        cpu.empty(x, *w.shape) if need and w is not None else None
+        for w, need in zip(weights, needs[3:], strict=True)
+    ]
+    to_dweights = _addresses(dweights)
     cpu.call(
         "lstm_gradients",
-        dtype,
+        x.dtype,
         _arguments(
-            *(T, B, 0, H, H, D, 0, False, *cpu.grid(T, B, N * M * H, H, D), lengths),
-            *_addresses((dy,)),
+            *(T, B, I, H, H, D, 0, False, *cpu.grid(T, B, N * 4 * H * H, H, D), lengths),
+            *cpu.grid(T, B, N * 4 * H * (I + H), H, D),
+            *(N, cpu.threads(N * 4 * H * (I + H)), cpu.unpacked(T, N, H), recompute, rows),
+            *_addresses((x, h0, c0, y, gates, cells, c_kept, dy)),
             stride_dy,
-            *_addresses((dh_n, dc_n, dcells, c0, gates, cells, dpre, None, dh0, dc0)),
+            *_addresses((dh_n, dc_n, dcells, dpre, dh0, dc0, dx)),
             *pointers,
-            *(N, I, M, D, cpu.threads(N * M * I), 0 if dx is None else dx.data_ptr()),
-            *(at_dpre, at_dpre + (D - 1) * N * M * size, pointers[0], pointers[_N_WEIGHTS]),
-            *(sums if D == 2 else (*sums, *_NOTHING)),
-            *copies,
+            *(to_dweights if D == 2 else (*to_dweights, *_NOTHING)),
         ),
     )
     return (
@@ -99,14 +131,21 @@ def lstm_gradients(
         dh0 if needs[1] else None,
         dc0 if needs[2] else None,
         dpre,
-        gates.new_empty(D, 0),
+        x.new_empty(D, 0) if keep_dpre else None,
         *dweights,
     )
 
 
-def _refused(place: int, w: Tensor) -> bool:
-    """Whether a weight, the `place`-th of LSTMWeights, is a projection or a full peephole."""
-    return place == 4 or (place > 4 and w.dim() == 2)
+def _is_plain(weights: Sequence[Tensor | None]) -> bool:
+    """Whether no direction has a projection or a full peephole."""
+    for first in range(0, len(weights), _N_WEIGHTS):
+        weight_hr, *peepholes = weights[first + 4 : first + _N_WEIGHTS]
+        if weight_hr is not None:
+            return False
+        for w in peepholes:
+            if w is not None and w.dim() == 2:
+                return False
+    return True
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

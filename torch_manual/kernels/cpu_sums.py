@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float64)
 _input_sums_arguments = struct.Struct("10q").pack
 _NOT_DELAYED = (0,) * 6
 _peephole_sums_arguments = struct.Struct("9q").pack
-_weight_sums_arguments = struct.Struct(f"{cpu.WEIGHT_SUMS_WORDS}q").pack
+_weight_sums_arguments = struct.Struct("18q").pack
 
 
 def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:

@@ -64,9 +64,9 @@ def tangent_direction(
         cells.dtype,
         _tangent_arguments(
             *(T, B, I, H, P, 1, full, reverse, *cpu.grid(T, B, N * 4 * H * (I + P), H, 1), lengths),
-            *(0, 0 if x is None else x.data_ptr(), th.data_ptr(), tc.data_ptr()),
+            *(0, 0, 0, 0 if x is None else x.data_ptr(), th.data_ptr(), tc.data_ptr()),
             *(ty.data_ptr(), th_n.data_ptr(), tc_n.data_ptr(), tpre.data_ptr(), tcells.data_ptr()),
-            *pointers,
+            *(0, *pointers),
             *(gates.data_ptr(), cells.data_ptr(), c0.data_ptr(), known),
         ),
     )

@@ -140,7 +140,7 @@ def test_ops_sum_long_batches_in_blocks(name, monkeypatch):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_recomputed_to_the_bit(name, grid, short_chunks):
     """c kept before some steps only, and gates and cells made again from there."""
-    for sizes in (*SIZES, (70, 5, 3, 9)):
+    for sizes in (*SIZES, (70, 5, 3, 9), (97, 1, 5, 3)):  # 97: a row left of the chunks of 96
         p = problem(*sizes, **CLASSES[name])
         for steps in (1, 2, 5):
             with cpu.override(grid=grid):

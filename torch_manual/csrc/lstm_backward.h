@@ -64,8 +64,9 @@ struct Backward {
     // What a plan cannot know while `starts` is not filled.
     void start() {
         const int64_t row = direction * rows.start(T);
-        gates = args->gates + row * 4 * H, cells = args->cells + row * H, c_entry = nullptr;
-        to_dpre = args->dpre + row * 4 * H;
+        gates = args->gates ? args->gates + row * 4 * H : nullptr;
+        cells = args->cells ? args->cells + row * H : nullptr, c_entry = nullptr;
+        to_dpre = args->dpre ? args->dpre + row * 4 * H : nullptr;
         low = 0, high = T, first_row = first_dpre = 0;
     }
 

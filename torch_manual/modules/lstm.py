@@ -150,10 +150,10 @@ class LSTM(nn.RNNBase):
         """Check the input and the states, as `nn.LSTM` does; zeros for states not given."""
         if hx is None:
             self.check_input(x, batch_sizes)
-            return (
-                x.new_zeros(self.get_expected_hidden_size(x, batch_sizes)),
-                x.new_zeros(self.get_expected_cell_size(x, batch_sizes)),
-            )
+            c0 = x.new_zeros(self.get_expected_cell_size(x, batch_sizes))
+            if not self.proj_size:
+                return c0, c0
+            return x.new_zeros(self.get_expected_hidden_size(x, batch_sizes)), c0
         if len(hx) > 2:
             raise RuntimeError("lstm expects two hidden states")
         h0, c0 = hx[0], hx[1]
@@ -271,7 +271,7 @@ class LSTMCell(nn.RNNCellBase):
         batched = n_dims == 2
         x = input if batched else input.unsqueeze(0)
         if hx is None:
-            h, c = (x.new_zeros(x.shape[0], self.hidden_size) for _ in range(2))
+            h = c = x.new_zeros(x.shape[0], self.hidden_size)
         elif len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
         else:

@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.cases import CASES, PASSES, TARGETS, Case, Pass, group, quick
 from benchmarks.check import Workload
-from benchmarks.machine import describe, fma_peak
+from benchmarks.machine import cores_are_ours, describe, fma_peak, wait_for_cores
 from benchmarks.measure import (
     block,
     interleaved,
@@ -99,10 +99,11 @@ def measure(workload: Workload, pass_: Pass, threads: int, seconds: float) -> Ro
     )
     if wrong := workload.disagreement(pass_):
         return replace(row, status=f"WRONG: {wrong}")
+    wait_for_cores()
     peak = fma_peak(getattr(torch, case.dtype))
     with no_garbage_collection():
         stock, ours = timed(workload.stock, pass_), timed(workload.ours, pass_)
-        timing = summarize(interleaved(stock, ours, seconds, lost_seconds))
+        timing = summarize(interleaved(stock, ours, seconds, lost_seconds, cores_are_ours))
     return replace(
         row,
         status="noisy" if timing.noisy else "",

@@ -5,7 +5,8 @@ median of the rounds' ratios, so that a slow stretch of the machine meets both s
 
 A round is rejected when the machine took more than 1 % of it away from us: the time our threads
 stood ready but waited for a core because another process had it (Linux: the second field of
-/proc/self/task/*/schedstat) plus the time the hypervisor stole (/proc/stat).
+/proc/self/task/*/schedstat) plus the time the hypervisor stole (/proc/stat). It is rejected, too,
+when our threads did not have a core each before and after it (`benchmarks.machine.cores_are_ours`).
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ def interleaved(
     ours: Callable[[], float],
     seconds: float,
     lost: Callable[[], float],
+    cores_are_ours: Callable[[], bool] = lambda: True,
 ) -> list[Round]:
     """Run rounds until `seconds` of them are clean, or `PATIENCE` times that have passed.
 
     `stock` and `ours` run a block each and return the seconds a call took in it; `lost` returns the
     seconds the machine has taken from us so far.
     """
+    all_ours = cores_are_ours()
     rounds: list[Round] = []
     clean_seconds = all_seconds = 0.0
     clean_rounds = 0
@@ -65,7 +68,8 @@ def interleaved(
         else:
             ours_time, stock_time = ours(), stock()
         wall = time.perf_counter() - start
-        clean = lost() - lost_before <= MAX_LOST * wall
+        were_ours, all_ours = all_ours, cores_are_ours()
+        clean = were_ours and all_ours and lost() - lost_before <= MAX_LOST * wall
         rounds.append(Round(stock_time, ours_time, clean))
         all_seconds += wall
         clean_seconds += wall * clean

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 from itertools import cycle
 
@@ -71,6 +73,26 @@ def test_rounds_alternate_and_lost_time_rejects():
     assert order[:8] == ["stock", "ours", "ours", "stock"] * 2
     assert [r.clean for r in rounds[:4]] == [True, False, True, False]
     assert {(r.stock, r.ours) for r in rounds} == {(2.0, 1.0)}
+
+
+def test_shared_cores_reject_the_rounds_beside_them():
+    ours = cycle([True, True, False, True])  # before the first round, after it, …
+    rounds = measure.interleaved(lambda: 2.0, lambda: 1.0, 0.01, lambda: 0.0, lambda: next(ours))
+    assert [r.clean for r in rounds[:5]] == [True, False, False, True, True]
+
+
+def test_two_threads_on_one_core_are_noticed():
+    """Both are kept on the core this process is on now."""
+    script = (
+        "import os, torch\n"
+        "from benchmarks import machine\n"
+        "torch.set_num_threads(1)\n"
+        "machine.wait_for_cores(5)\n"
+        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "torch.set_num_threads(2)\n"
+        "assert not any(machine.cores_are_ours() for _ in range(20))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_a_busy_machine_ends_the_row():

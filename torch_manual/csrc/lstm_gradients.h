@@ -87,7 +87,9 @@ struct Gradients {
         for (int64_t d = 0; d < D; d++) {
             backward[d].plan(workspace, backward_args, d, rows);
             weight[d].plan(workspace, weight_args[d]);
-            for (int k = 0; k < 2; k++) dpre[d][k] = workspace.take<real>(args.dpre ? 0 : chunk * 4 * H);
+            const int64_t made = args.dpre ? 0 : chunk * 4 * H;
+            dpre[d][0] = workspace.take<real>(made);
+            dpre[d][1] = workspace.take<real>(chunk < args.N ? made : 0);
             if (!args.recompute) continue;
             forward[d].plan(workspace, forward_args, d, rows);
             const int64_t most = least(args.N, args.recompute * B + chunk);  // of a segment's rows

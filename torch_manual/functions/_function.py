@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn import Parameter
 
 
 class PositionalFunction(torch.autograd.Function):
@@ -19,14 +21,19 @@ class PositionalFunction(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active() or any(map(_is_wrapped, args)):
+        if torch._C._are_functorch_transforms_active() or _any_wrapped(args):
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-def _is_wrapped(argument: Any) -> bool:
-    """Whether it comes from a transform; after that is over, `Function.apply` unwraps it."""
-    return isinstance(argument, torch.Tensor) and is_functorch_wrapped_tensor(argument)
+def _any_wrapped(arguments: tuple[Any, ...]) -> bool:
+    """Whether any comes from a transform; after that is over, `Function.apply` unwraps it."""
+    for t in arguments:
+        if t is None or type(t) is Parameter:
+            continue
+        if isinstance(t, Tensor) and is_functorch_wrapped_tensor(t):
+            return True
+    return False
 
 
 def keep_signature(forward: Callable) -> Callable:

@@ -73,8 +73,10 @@ def lstm_layer(
         ValueError: a weight's shape does not fit; the message names it.
         RuntimeError: tensors of different devices or dtypes.
     """
-    x, h0, c0, *flat = autocast_cast(x, h0, c0, *(t for w in weights for t in w))
-    weights = by_direction(flat)
+    flat = [t for w in weights for t in w]
+    if torch._C._is_any_autocast_enabled():
+        x, h0, c0, *flat = autocast_cast(x, h0, c0, *flat)
+        weights = by_direction(flat)
     _check(x, h0, c0, weights)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if recompute is not None and torch.is_grad_enabled():

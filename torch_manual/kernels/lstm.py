@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.nn import Parameter
 
 from torch_manual.kernels import backend, cpu
 from torch_manual.kernels.rows import previous, steps
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class LSTMWeights(NamedTuple):
@@ -317,7 +316,13 @@ def dispatched(*tensors: Tensor | None) -> bool:
     ):
         return True
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN or not t.is_cpu or is_legacy_batchedtensor(t)):
+        if t is None:
+            continue
+        kind = type(t)
+        if kind is Tensor:
+            if is_legacy_batchedtensor(t) or not t.is_cpu:
+                return True
+        elif kind is not Parameter or not t.is_cpu:
             return True
     return False
 

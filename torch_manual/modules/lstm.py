@@ -97,7 +97,9 @@ class LSTM(nn.RNNBase):
     @property
     def _flat_weights(self) -> list[Tensor | None]:
         """The parameters as they are now, so that none is ever stale (parametrizations, vmap)."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        own = self._parameters
+        names = self._flat_weights_names
+        return [own[name] if name in own else getattr(self, name, None) for name in names]
 
     @_flat_weights.setter
     def _flat_weights(self, _: list[Tensor | None]) -> None:

@@ -64,6 +64,7 @@ setup(
                     "lstm",
                     "lstm_dual",
                     "lstm_forward",
+                    "lstm_gradients",
                     "lstm_backward",
                     "lstm_sums",
                     "lstm_tangent",

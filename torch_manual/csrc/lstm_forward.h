@@ -356,18 +356,13 @@ struct Forward {
             const Forward& f = *self;
             const int64_t u = panel * L, lanes = f.H - u;
             vec sum[ROWS][4];
-            Wanted<tangent ? 0 : ROWS * most_wanted> wanted;
-            for (int r = 0; r < ROWS; r++)
-                if constexpr (tangent)
-                    f.prefetch_of_tangent(*step, row + r, u);
-                else
-                    f.want(wanted, *step, row + r, u);
+            for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
             const real *h_prev = step->h_prev + row * f.stride_h, *hh = f.hh + panel * f.P * 4 * L;
             if (!tangent && f.fused) {
                 f.set_input(sum, step->x + row * f.I, panel);
-                product<true>(sum, h_prev, f.stride_h, hh, 4 * L, f.P, wanted);  // F1
+                add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);  // F1
             } else {
-                product<false>(sum, h_prev, f.stride_h, hh, 4 * L, f.P, wanted);
+                set_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);
             }
             if (f.full()) {
                 vec peep[ROWS][2];
@@ -475,19 +470,16 @@ struct Forward {
                 unless_closed<real>(product, x)};
     }
 
-    // What gate_math() will write of a row, in memory not seen for long.
-    static constexpr int most_wanted = 6;
-
-    template <int MOST>
-    INLINE void want(Wanted<MOST>& wanted, const Step& step, int64_t b, int64_t u) const {
+    // Asks for memory not seen for long that gate_math() will read and write.
+    INLINE void prefetch(const Step& step, int64_t b, int64_t u) const {
+        if constexpr (tangent) return prefetch_of_tangent(step, b, u);
         if (!step.gates) return;
-#pragma GCC unroll 4
-        for (int64_t g = 0; g < 4; g++) wanted.add(step.gates + b * 4 * H + g * H + u);
-        wanted.add(step.cells + b * H + u);
-        if (step.y) wanted.add(step.y + b * args->sizes.D * P + u);
+        for (int g = 0; g < 4; g++) __builtin_prefetch(step.gates + b * 4 * H + g * H + u, 1);
+        __builtin_prefetch(step.cells + b * H + u, 1);
+        if (step.y) __builtin_prefetch(step.y + b * args->sizes.D * P + u, 1);
     }
 
-    // Asks at once for what the tangent, R2 to R7, will read and write.
+    // The same of the tangent, R2 to R7.
     void prefetch_of_tangent(const Step&, int64_t b, int64_t u) const;
     void gate_tangents(const Step&, int64_t b, int64_t u, const vec (&tpre)[4]) const;
     void output_tangent(const Step&, int64_t b, int64_t u, vec tpre_o, vec tc) const;

@@ -83,7 +83,7 @@ struct Forward {
     }
 
     // Where a step has the rows for a tile, W_ih is read at every step for little. Packed batches
-    // go on with fewer rows; there every part of a batch must be summed alike (recompute).
+    // go on with fewer rows.
     static bool pays_to_fuse(const Sizes& s) {
         const int64_t bytes = 4 * s.H * (s.I + s.P) * (int64_t)sizeof(real) / s.grid.units;
         return bytes <= most_fused && s.B / s.grid.batches >= 4 && !s.batch_sizes;

@@ -2,8 +2,6 @@
 
 import csv
 import math
-import subprocess
-import sys
 from dataclasses import fields, replace
 from itertools import cycle
 
@@ -12,7 +10,7 @@ import torch
 
 import torch_manual
 from benchmarks import __main__ as command
-from benchmarks import cases, measure, memory, report
+from benchmarks import cases, machine, measure, memory, report
 from benchmarks.cases import CASES, TARGETS, Case, Target
 from benchmarks.check import Workload
 from benchmarks.measure import Round
@@ -81,18 +79,15 @@ def test_shared_cores_reject_the_rounds_beside_them():
     assert [r.clean for r in rounds[:5]] == [True, False, False, True, True]
 
 
-def test_two_threads_on_one_core_are_noticed():
-    """Both are kept on the core this process is on now."""
-    script = (
-        "import os, torch\n"
-        "from benchmarks import machine\n"
-        "torch.set_num_threads(1)\n"
-        "machine.wait_for_cores(5)\n"
-        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        "torch.set_num_threads(2)\n"
-        "assert not any(machine.cores_are_ours() for _ in range(20))\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+@pytest.mark.parametrize(
+    ("alone", "together", "ours"), [(100, 200, True), (100, 100, False), (50, 100, False)]
+)
+def test_two_threads_on_one_core_are_noticed(alone, together, ours, monkeypatch):
+    monkeypatch.setattr(machine.cpu, "status", lambda: "available")
+    monkeypatch.setattr(machine, "_best_alone", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(machine, "_rate", lambda _, threads: {1: alone, 2: together}[threads])
+    assert machine.cores_are_ours() is ours
 
 
 def test_a_busy_machine_ends_the_row():

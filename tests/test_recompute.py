@@ -103,6 +103,14 @@ def test_second_order_is_refused():
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"proj_size": 2}], ids=str)
+def test_batched_gradients_are_refused(kwargs):
+    x = torch.randn(9, 2, 3, requires_grad=True)
+    y, _ = torch_manual.LSTM(3, 4, recompute=2, **kwargs)(x)
+    with pytest.raises(RuntimeError, match="with recompute gradients cannot be batched"):
+        torch.autograd.grad(y, x, torch.ones(5, *y.shape), is_grads_batched=True)
+
+
 def test_arguments():
     assert "recompute=7" in repr(torch_manual.LSTM(3, 4, recompute=7))
     for bad in (0, -1, 2.0, True):

@@ -203,6 +203,26 @@ struct Part {
     }
 };
 
+// How a thread takes part in a pass on a grid, and in which directions.
+struct Role {
+    Part part;
+    int64_t batch;
+    Range directions;
+};
+
+// The role of a thread of the grid, which has a barrier for every direction and part of the batch.
+inline Role role_in(const Grid& grid, int64_t thread, const Rows& rows, Barrier* barriers) {
+    const Place at = place_in(grid, thread);
+    return {{rows.share_sequences(at.batch, grid.batches), at.unit, grid.units,
+             &barriers[at.direction * grid.batches + at.batch]},
+            at.batch, share(rows.sizes->D, at.direction, grid.directions)};
+}
+
+inline void set_barriers(Barrier* barriers, const Grid& grid) {
+    for (int64_t k = 0; k < grid.directions * grid.batches; k++)
+        barriers[k] = Barrier((int)grid.units);
+}
+
 // Runs both directions of a Forward or Backward pass on the grid. `Pass` has plan(), start(), prepare(),
 // the share of one thread in what comes before the first step, and run().
 template <typename Pass, typename Arguments>
@@ -221,16 +241,13 @@ int run_layer(const Arguments& a) {
     }
     rows.fill();
     for (int64_t d = 0; d < sizes.D; d++) directions[d].start();
-    for (int64_t k = 0; k < n_barriers; k++) barriers[k] = Barrier((int)sizes.grid.units);
+    set_barriers(barriers, sizes.grid);
     run_on(sizes.grid, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
         for (int64_t d = 0; d < sizes.D; d++) directions[d].prepare(thread, grid.size());
         everyone.wait();
-        const Place place = place_in(grid, thread);
-        const Range mine = share(sizes.D, place.direction, grid.directions);
-        Barrier* team = &barriers[place.direction * grid.batches + place.batch];
-        const Part part = {rows.share_sequences(place.batch, grid.batches), place.unit, grid.units,
-                           team};
-        for (int64_t d = mine.begin; d < mine.end; d++) directions[d].run(part, place.batch);
+        const Role role = role_in(grid, thread, rows, barriers);
+        for (int64_t d = role.directions.begin; d < role.directions.end; d++)
+            directions[d].run(role.part, role.batch);
     });
     return 0;
 }

@@ -101,27 +101,12 @@ struct Gradients {
     void start() {
         rows.fill();
         for (int64_t d = 0; d < D; d++) backward[d].start();
-        set(of_backward, sizes.grid), set(of_forward, args.forward_grid);
+        set_barriers(of_backward, sizes.grid), set_barriers(of_forward, args.forward_grid);
     }
 
-    static void set(Barrier* barriers, const Grid& grid) {
-        for (int64_t k = 0; k < grid.directions * grid.batches; k++)
-            barriers[k] = Barrier((int)grid.units);
-    }
-
-    // How a thread takes part in a recurrence, and in which directions.
-    struct Role {
-        Part part;
-        int64_t batch;
-        Range directions;
-    };
-
-    Role role_in(const Grid& grid, int64_t thread, Barrier* barriers) const {
-        if (thread >= grid.size()) return {{}, 0, {0, 0}};
-        const Place at = place_in(grid, thread);
-        return {{rows.share_sequences(at.batch, grid.batches), at.unit, grid.units,
-                 &barriers[at.direction * grid.batches + at.batch]},
-                at.batch, share(D, at.direction, grid.directions)};
+    // None for a thread beyond the grid, which takes part in the sums only.
+    Role role(const Grid& grid, int64_t thread, Barrier* barriers) const {
+        return thread < grid.size() ? role_in(grid, thread, rows, barriers) : Role{{}, 0, {0, 0}};
     }
 
     void run(int64_t thread, int64_t threads, Barrier& everyone) {
@@ -132,8 +117,8 @@ struct Gradients {
         }
         everyone.wait();
         const bool alone = threads == 1;  // also where OpenMP grants fewer threads than asked for
-        const Role back = role_in(alone ? Grid{1, 1, 1} : sizes.grid, thread, of_backward);
-        const Role again = role_in(alone ? Grid{1, 1, 1} : args.forward_grid, thread, of_forward);
+        const Role back = role(alone ? Grid{1, 1, 1} : sizes.grid, thread, of_backward);
+        const Role again = role(alone ? Grid{1, 1, 1} : args.forward_grid, thread, of_forward);
         for (int64_t turn = 0; turn < segments.n_chunks; turn++) {
             if (args.recompute) {
                 bool enters = false;

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.functions.lstm_gradients import (
@@ -103,6 +104,8 @@ class LSTMRecomputeGradientFunction(torch.autograd.Function):
         h_starts: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        if any(t is not None and is_legacy_batchedtensor(t) for t in (dy, dh_n, dc_n)):
+            raise RuntimeError("lstm: with recompute gradients cannot be batched")
         if h_starts is None:
             outer, primal = (dy, dh_n, dc_n, None), (x, h0, c0, batch_sizes, y, None, None, weights)
             with autocast_off(x):

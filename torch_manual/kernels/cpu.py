@@ -205,7 +205,7 @@ def threads(work: int) -> int:
 # Sizes take twelve words; then come three more and nine pointers, or eleven pointers and a stride.
 FORWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
 BACKWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
-forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
+_forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
 _dual_arguments = struct.Struct(f"{FORWARD_WORDS + 7 + 2 * _WEIGHTS}q").pack
 _backward_arguments = struct.Struct(f"{BACKWARD_WORDS}q").pack
 
@@ -227,27 +227,45 @@ def lstm_forward(
             x.float(), h0.float(), c0.float(), batch_sizes, single, save, reverse
         )
         return tuple(t.to(dtype) for t in results)  # type: ignore[return-value]
+    (D, _, H), N = c0.shape, x.shape[0]
+    gates = memory.empty(x, D, N, 4 * H) if save else x.new_empty(0)
+    cells = memory.empty(x, D, N, H) if save else x.new_empty(0)
+    kept = gates.data_ptr(), cells.data_ptr(), 0
+    return *run_forward(x, h0, c0, batch_sizes, weights, kept, reverse=reverse), gates, cells
+
+
+def run_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    kept: tuple[int, int, int],
+    recompute: int = 0,
+    chunk_rows: int = 0,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, h_n and c_n; `kept` are the addresses of gates, cells and c_kept, or 0."""
     x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     (N, I), (D, B, P), H = x.shape, h0.shape, c0.shape[2]
     y, h_n, c_n = empty(x, N, D * P), torch.empty_like(h0), torch.empty_like(c0)
-    gates = memory.empty(x, D, N, 4 * H) if save else x.new_empty(0)
-    cells = memory.empty(x, D, N, H) if save else x.new_empty(0)
     T, lengths = steps(N, B, batch_sizes)
     if T == 0:
-        return y, h_n.copy_(h0), c_n.copy_(c0), gates, cells
+        return y, h_n.copy_(h0), c_n.copy_(c0)
     weights, pointers, full = in_c_order(weights)
     work = N * 4 * H * (I + P)
     call(
         "lstm_forward",
-        dtype,
-        forward_arguments(
+        x.dtype,
+        _forward_arguments(
             *(T, B, I, H, P, D, full, reverse, *grid(T, B, work, H, D), lengths),
-            *(unpacked(T, N, H), 0, 0, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
-            *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), gates.data_ptr(), cells.data_ptr(), 0),
+            *(unpacked(T, N, H), recompute, chunk_rows),
+            *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
+            *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), *kept),
             *pointers,
         ),
     )
-    return y, h_n, c_n, gates, cells
+    return y, h_n, c_n
 
 
 def lstm_step(
@@ -264,7 +282,7 @@ def lstm_step(
     call(
         "lstm_forward",
         x.dtype,
-        forward_arguments(
+        _forward_arguments(
             *(1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0),
             *(unpacked(1, B, H), 0, 0),
             *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), 0, 0, 0),

@@ -54,24 +54,12 @@ def lstm_forward(
     recompute: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, h_n, c_n and, (segments, D, B, H), c before every segment of `recompute` steps."""
-    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
-    weights, pointers, _ = cpu.in_c_order(weights)
-    (N, I), (D, B, H) = x.shape, c0.shape
-    T, lengths = cpu.steps(N, B, batch_sizes)
-    y, h_n, c_n = cpu.empty(x, N, D * H), torch.empty_like(h0), torch.empty_like(c0)
+    D, B, H = c0.shape
+    T, _ = cpu.steps(x.shape[0], B, batch_sizes)
     rows = chunk_rows(H, x.element_size())
     c_kept = x.new_empty(-(-T // max(recompute, rows // B)), D, B, H)
-    cpu.call(
-        "lstm_forward",
-        x.dtype,
-        cpu.forward_arguments(
-            *(T, B, I, H, H, D, 0, False, *cpu.grid(T, B, N * 4 * H * (I + H), H, D), lengths),
-            *(cpu.unpacked(T, N, H), recompute, rows, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
-            *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), 0, 0, c_kept.data_ptr()),
-            *pointers,
-        ),
-    )
-    return y, h_n, c_n, c_kept
+    kept = 0, 0, c_kept.data_ptr()
+    return *cpu.run_forward(x, h0, c0, batch_sizes, weights, kept, recompute, rows), c_kept
 
 
 def lstm_gradients(

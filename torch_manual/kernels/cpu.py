@@ -16,6 +16,7 @@ import platform
 import struct
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +71,7 @@ _override = _Override(instruction_set=os.environ.get("TORCH_MANUAL_INSTRUCTION_S
 _libraries: dict[str, dict[tuple[str, torch.dtype], Any]] = {}
 _status: str | None = None
 _forked = False
+_caller: ThreadPoolExecutor | None = None  # in a forked child; its one thread has its own OpenMP's
 
 
 @contextmanager
@@ -163,9 +165,9 @@ def _functions() -> dict[tuple[str, torch.dtype], Any]:
 
 
 def _after_fork() -> None:
-    """OpenMP's threads do not survive a fork: a child works alone."""
-    global _forked
-    _forked = True
+    """OpenMP would wait forever for its parent's threads: a child leaves them to a new thread."""
+    global _forked, _caller
+    _forked, _caller = True, None
 
 
 if hasattr(os, "register_at_fork"):
@@ -197,7 +199,7 @@ def threads(work: int) -> int:
     """How many threads may share so many multiplications."""
     if _override.grid:
         return math.prod(_override.grid)
-    if _forked or work < _WORTH_A_THREAD:
+    if work < _WORTH_A_THREAD:
         return 1
     return torch.get_num_threads()
 
@@ -430,15 +432,23 @@ _madvise = _find_madvise()
 
 
 def call(name: str, dtype: torch.dtype, arguments: bytes) -> None:
-    if _functions()[name, dtype](arguments):
+    if _run(_functions()[name, dtype], arguments):
         raise MemoryError(f"{name}: no memory for the packed weights")
+
+
+def _run(function: Any, *arguments: Any) -> int:
+    global _caller
+    if not _forked or torch.get_num_threads() == 1:
+        return function(*arguments)
+    _caller = _caller or ThreadPoolExecutor(1, "torch_manual")
+    return _caller.submit(function, *arguments).result()
 
 
 def multiply_add(dtype: torch.dtype, n_threads: int, repeats: int) -> int:
     """Keep the processor multiplying and adding in registers; return how many operations it did."""
     function = _functions()["multiply_add", dtype]
     function.argtypes, function.restype = [ctypes.c_int64] * 2, ctypes.c_int64
-    return function(n_threads, repeats)
+    return _run(function, n_threads, repeats)
 
 
 def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, int]:

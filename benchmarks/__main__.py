@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +16,11 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.cases import CASES, PASSES, TARGETS, Case, Pass, group, quick
 from benchmarks.check import Workload
-from benchmarks.machine import cores_are_ours, describe, fma_peak, wait_for_cores
-from benchmarks.measure import (
-    block,
-    interleaved,
-    lost_seconds,
-    no_garbage_collection,
-    summarize,
-)
+from benchmarks.machine import describe
+from benchmarks.measure import Timing, interleaved, summarize
 from benchmarks.memory import peak_mib
 from benchmarks.report import Row
-from benchmarks.workload import Side
+from benchmarks.worker import fma_peak, malloc_can_keep_memory, run_block, worker
 
 RESULTS = Path(__file__).parent / "results"
 PARTIAL_RESULTS = Path("runs/benchmarks")
@@ -99,12 +93,8 @@ def measure(workload: Workload, pass_: Pass, threads: int, seconds: float) -> Ro
     )
     if wrong := workload.disagreement(pass_):
         return replace(row, status=f"WRONG: {wrong}")
-    wait_for_cores()
-    peak = fma_peak(getattr(torch, case.dtype))
-    with no_garbage_collection():
-        stock, ours = timed(workload.stock, pass_), timed(workload.ours, pass_)
-        timing = summarize(interleaved(stock, ours, seconds, lost_seconds, cores_are_ours))
-    return replace(
+    timing, peak = timed(case, pass_, threads, seconds, keep_memory=False)
+    row = replace(
         row,
         status="noisy" if timing.noisy else "",
         stock_ms=timing.stock_ms,
@@ -117,15 +107,27 @@ def measure(workload: Workload, pass_: Pass, threads: int, seconds: float) -> Ro
         rounds=timing.rounds,
         rejected=timing.rejected,
     )
+    if malloc_can_keep_memory():
+        kept, _ = timed(case, pass_, threads, seconds, keep_memory=True)
+        row = replace(row, ratio_kept=kept.ratio, kept_status="noisy" if kept.noisy else "")
+    return row
 
 
-def timed(side: Side, pass_: Pass) -> Callable[[], float]:
-    before = side.renew_weights if pass_ == "training" else _nothing
-    return block(lambda: side.step(pass_), before)
-
-
-def _nothing() -> None:
-    """Nothing changes between two calls of inference."""
+def timed(
+    case: Case, pass_: Pass, threads: int, seconds: float, keep_memory: bool
+) -> tuple[Timing, float | None]:
+    """Time both sides, each in a process of its own; return the FMA peak beside it, too."""
+    with (
+        worker(case, "stock", pass_, threads, keep_memory) as stock,
+        worker(case, "ours", pass_, threads, keep_memory) as ours,
+    ):
+        peak = ours.submit(fma_peak, case.dtype).result()
+        rounds = interleaved(
+            lambda: stock.submit(run_block).result(),
+            lambda: ours.submit(run_block).result(),
+            seconds,
+        )
+    return summarize(rounds), peak
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ from torch import nn
 
 import torch_manual
 from benchmarks.machine import cores_are_ours, describe, wait_for_cores
-from benchmarks.measure import block, no_garbage_collection
+from benchmarks.measure import Block, block, no_garbage_collection
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = ("condition", "pass", "T B I H", "stock", "ours", "stock's time over ours", "")
@@ -33,10 +33,10 @@ SHAPES = ((128, 16, 64, 64), (128, 32, 128, 128), (512, 8, 256, 256), (1000, 1, 
 DENORMAL = 1e-40
 NOISE = 1.05  # measurements of the same thing differ by as much
 
-Block = Callable[[], float]
+Run = Callable[[], Block]
 
 
-def blocks(sizes: Sequence[int], training: bool, scale: float = 1.0) -> tuple[Block, Block]:
+def blocks(sizes: Sequence[int], training: bool, scale: float = 1.0) -> tuple[Run, Run]:
     """Stock and ours, on the same weights and inputs."""
     T, B, I, H = sizes
     stock, ours = nn.LSTM(I, H), torch_manual.LSTM(I, H)
@@ -45,7 +45,7 @@ def blocks(sizes: Sequence[int], training: bool, scale: float = 1.0) -> tuple[Bl
     dy = torch.randn(T, B, H)
     x.requires_grad_(training)
 
-    def of(module: nn.Module) -> Block:
+    def of(module: nn.Module) -> Run:
         leaves = [x, *module.parameters()]
 
         def step() -> object:
@@ -73,7 +73,7 @@ def busy_core() -> Iterator[Callable[[bool], None]]:
 
 
 def slowdown(
-    calm: Sequence[Block], hard: Sequence[Block], switch: Callable[[bool], None], seconds: float
+    calm: Sequence[Run], hard: Sequence[Run], switch: Callable[[bool], None], seconds: float
 ) -> tuple[float, ...]:
     """How much longer stock and ours take, and stock's time over ours, as medians over rounds."""
     rounds: list[tuple[float, ...]] = []
@@ -81,9 +81,9 @@ def slowdown(
     while time.perf_counter() < end or len(rounds) < 3:
         order = 1 if len(rounds) % 2 else -1
         wait_for_cores()
-        before = [run() for run in calm[::order]][::order]
+        before = [run().seconds for run in calm[::order]][::order]
         switch(True)
-        during = [run() for run in hard[::order]][::order]
+        during = [run().seconds for run in hard[::order]][::order]
         switch(False)
         if not cores_are_ours() and time.perf_counter() < end:
             continue  # they may have been another's all along

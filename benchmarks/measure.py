@@ -3,8 +3,8 @@
 A round runs a block of stock and a block of ours; the next round the other way about. A row is the
 median of the rounds' ratios, so that a slow stretch of the machine meets both sides alike.
 
-A round is rejected when the machine took more than 1 % of it away from us: the time our threads
-stood ready but waited for a core because another process had it (Linux: the second field of
+A round is rejected when the machine took more than 1 % of a block away from us: the time our
+threads stood ready but waited for a core because another process had it (Linux: the second field of
 /proc/self/task/*/schedstat) plus the time the hypervisor stole (/proc/stat). It is rejected, too,
 when our threads did not have a core each before and after it (`benchmarks.machine.cores_are_ours`).
 """
@@ -19,11 +19,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import machine
 
 BLOCK_SECONDS = 0.005
 MAX_LOST = 0.01
 MIN_ROUNDS = 3
 PATIENCE = 3  # times the seconds of a row, before we make do with what was clean
+
+
+class Block(NamedTuple):
+    seconds: float  # a call
+    clean: bool
 
 
 @dataclass(frozen=True)
@@ -44,33 +52,23 @@ class Timing:
 
 
 def interleaved(
-    stock: Callable[[], float],
-    ours: Callable[[], float],
-    seconds: float,
-    lost: Callable[[], float],
-    cores_are_ours: Callable[[], bool] = lambda: True,
+    stock: Callable[[], Block], ours: Callable[[], Block], seconds: float
 ) -> list[Round]:
-    """Run rounds until `seconds` of them are clean, or `PATIENCE` times that have passed.
-
-    `stock` and `ours` run a block each and return the seconds a call took in it; `lost` returns the
-    seconds the machine has taken from us so far.
-    """
-    all_ours = cores_are_ours()
+    """Run rounds until `seconds` of them are clean, or `PATIENCE` times that have passed."""
     rounds: list[Round] = []
     clean_seconds = all_seconds = 0.0
     clean_rounds = 0
     while (clean_seconds < seconds or clean_rounds < MIN_ROUNDS) and (
         all_seconds < PATIENCE * seconds or len(rounds) < MIN_ROUNDS
     ):
-        lost_before, start = lost(), time.perf_counter()
+        start = time.perf_counter()
         if len(rounds) % 2 == 0:
-            stock_time, ours_time = stock(), ours()
+            a, b = stock(), ours()
         else:
-            ours_time, stock_time = ours(), stock()
+            b, a = ours(), stock()
         wall = time.perf_counter() - start
-        were_ours, all_ours = all_ours, cores_are_ours()
-        clean = were_ours and all_ours and lost() - lost_before <= MAX_LOST * wall
-        rounds.append(Round(stock_time, ours_time, clean))
+        clean = a.clean and b.clean
+        rounds.append(Round(a.seconds, b.seconds, clean))
         all_seconds += wall
         clean_seconds += wall * clean
         clean_rounds += clean
@@ -93,11 +91,14 @@ def summarize(rounds: Sequence[Round]) -> Timing:
 
 
 def block(
-    step: Callable[[], object], before: Callable[[], None], seconds: float = BLOCK_SECONDS
-) -> Callable[[], float]:
-    """Return a function that runs `step` for about `seconds` and returns the seconds of a call.
+    step: Callable[[], object],
+    before: Callable[[], None],
+    seconds: float = BLOCK_SECONDS,
+) -> Callable[[], Block]:
+    """Return a function that runs `step` for about `seconds`.
 
-    `before` runs before every call, outside the clock.
+    If that takes several calls, one more goes before them. `before` runs before every call. Neither
+    counts.
     """
 
     def run(calls: int) -> float:
@@ -109,10 +110,19 @@ def block(
             spent += time.perf_counter() - start
         return spent
 
+    def watched() -> Block:
+        were_ours, lost, start = machine.cores_are_ours(), lost_seconds(), time.perf_counter()
+        if calls > 1:
+            run(1)
+        spent = run(calls)
+        allowed = MAX_LOST * (time.perf_counter() - start)
+        clean = lost_seconds() - lost <= allowed and were_ours and machine.cores_are_ours()
+        return Block(spent / calls, clean)
+
     calls = 1
     while run(calls) < seconds:
         calls *= 2
-    return lambda: run(calls) / calls
+    return watched
 
 
 def lost_seconds() -> float:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-import multiprocessing
 import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.cases import Case, Pass
+from benchmarks.worker import fresh_process
 from benchmarks.workload import side
 
 RESET_PEAK = Path("/proc/self/clear_refs")
@@ -27,10 +26,8 @@ RESET_PEAK = Path("/proc/self/clear_refs")
 def peak_mib(case: Case, which: str, pass_: Pass, threads: int) -> float:
     if not RESET_PEAK.exists():
         return math.nan
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.workload"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_of_one_step, case, which, pass_, threads).result()
+    with fresh_process() as process:
+        return process.submit(_peak_of_one_step, case, which, pass_, threads).result()
 
 
 def _peak_of_one_step(case: Case, which: str, pass_: Pass, threads: int) -> float:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import torch_manual
-from benchmarks.machine import cores_are_ours, describe, wait_for_cores
-from benchmarks.measure import block, interleaved, lost_seconds, no_garbage_collection, summarize
+from benchmarks.machine import describe, wait_for_cores
+from benchmarks.measure import block, interleaved, no_garbage_collection, summarize
 
 RESULTS = Path(__file__).parent / "results"
 PARTIAL_RESULTS = Path("runs/benchmarks")
@@ -58,7 +58,7 @@ class Comparison:
         with no_garbage_collection():
             base, step = (block(side, _nothing, BLOCK_SECONDS) for side in (self.base, self.step))
             wait_for_cores()
-            timing = summarize(interleaved(base, step, seconds, lost_seconds, cores_are_ours))
+            timing = summarize(interleaved(base, step, seconds))
         ratio = timing.ratio if self.at_least else 1 / timing.ratio
         met = ratio >= self.limit if self.at_least else ratio <= self.limit
         return (

@@ -1,7 +1,12 @@
 """The benchmark suite itself: statistics, refusals, files. No test asserts a time."""
 
 import csv
+import ctypes
+import gc
 import math
+import os
+import resource
+import time
 from dataclasses import fields, replace
 from itertools import cycle
 
@@ -10,10 +15,10 @@ import torch
 
 import torch_manual
 from benchmarks import __main__ as command
-from benchmarks import cases, machine, measure, memory, report
+from benchmarks import cases, machine, measure, memory, report, worker
 from benchmarks.cases import CASES, TARGETS, Case, Target
 from benchmarks.check import Workload
-from benchmarks.measure import Round
+from benchmarks.measure import Block, Round
 from benchmarks.workload import Side, side
 from torch_manual.kernels import cpu
 
@@ -55,28 +60,61 @@ def test_too_few_clean_rounds_are_called_noisy():
     assert (timing.ratio, timing.noisy) == (5.0, True)
 
 
-def test_rounds_alternate_and_lost_time_rejects():
+def test_rounds_alternate_and_both_blocks_are_to_be_clean():
     order = []
-    losses = cycle([0.0, 0.0, 0.0, 100.0])  # before and after a round: nothing lost, 100 s lost
+    clean = cycle([True, True, True, False])
 
     def stock():
         order.append("stock")
-        return 2.0
+        time.sleep(0.001)
+        return Block(2.0, next(clean))
 
     def ours():
         order.append("ours")
-        return 1.0
+        return Block(1.0, next(clean))
 
-    rounds = measure.interleaved(stock, ours, seconds=0.01, lost=lambda: next(losses))
+    rounds = measure.interleaved(stock, ours, seconds=0.01)
     assert order[:8] == ["stock", "ours", "ours", "stock"] * 2
     assert [r.clean for r in rounds[:4]] == [True, False, True, False]
     assert {(r.stock, r.ours) for r in rounds} == {(2.0, 1.0)}
 
 
-def test_shared_cores_reject_the_rounds_beside_them():
-    ours = cycle([True, True, False, True])  # before the first round, after it, …
-    rounds = measure.interleaved(lambda: 2.0, lambda: 1.0, 0.01, lambda: 0.0, lambda: next(ours))
-    assert [r.clean for r in rounds[:5]] == [True, False, False, True, True]
+@pytest.mark.parametrize(
+    ("lost", "ours", "clean"),
+    [
+        ((0.0, 0.0), (True, True), True),
+        ((0.0, 100.0), (True, True), False),
+        ((0.0, 0.0), (False, True), False),
+        ((0.0, 0.0), (True, False), False),
+    ],
+    ids=["calm", "time lost", "shared before", "shared after"],
+)
+def test_lost_time_and_shared_cores_spoil_a_block(lost, ours, clean, monkeypatch):
+    lost, ours = iter(lost), iter(ours)
+    monkeypatch.setattr(measure, "lost_seconds", lambda: next(lost))
+    monkeypatch.setattr(machine, "cores_are_ours", lambda: next(ours))
+    calls = []
+    run = measure.block(lambda: calls.append("step"), lambda: calls.append("before"), seconds=0.0)
+    calls.clear()
+    result = run()
+    assert result.clean is clean
+    assert result.seconds > 0
+    assert calls == ["before", "step"]
+
+
+def test_a_block_of_several_calls_is_warmed_up(monkeypatch):
+    monkeypatch.setattr(machine, "cores_are_ours", lambda: True)
+    calls = []
+
+    def step():
+        calls.append("step")
+        time.sleep(0.0004)
+
+    run = measure.block(step, lambda: None, seconds=0.001)
+    calibration = len(calls)  # 1 + 2 + 4 calls, if the machine is calm
+    calls.clear()
+    run()
+    assert len(calls) == (calibration + 1) // 2 + 1
 
 
 @pytest.mark.parametrize(
@@ -91,8 +129,7 @@ def test_two_threads_on_one_core_are_noticed(alone, together, ours, monkeypatch)
 
 
 def test_a_busy_machine_ends_the_row():
-    time_lost = iter(range(10**9))
-    rounds = measure.interleaved(lambda: 1.0, lambda: 1.0, 0.001, lambda: next(time_lost))
+    rounds = measure.interleaved(lambda: Block(1.0, False), lambda: Block(1.0, True), 0.001)
     assert len(rounds) >= measure.MIN_ROUNDS
     assert measure.summarize(rounds).noisy
 
@@ -196,6 +233,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a.md").read_text() == "old"
 
 
+def test_ratios_with_memory_kept_stand_beside_the_verdict():
+    rows = [replace(ROW, ratio_kept=2.0), replace(ROW, ratio_kept=8.0)]
+    (verdict,) = report.verdicts(rows, {ROW.group: Target(1.0, 1.5)})
+    assert (verdict.minimum_kept, verdict.mean_kept) == (2.0, pytest.approx(4.0))
+    assert verdict.cells[-2:] == ("2.00", "4.00")
+    (verdict,) = report.verdicts([ROW], {ROW.group: Target(1.0, 1.5)})
+    assert verdict.cells[-2:] == ("—", "—")
+
+
 @pytest.mark.parametrize(
     ("ratios", "status", "outcome"),
     [
@@ -237,6 +283,34 @@ def test_only_a_full_run_replaces_the_published_results():
     assert command.parse([]).out == command.RESULTS
     assert command.parse(["--quick"]).out == command.PARTIAL_RESULTS
     assert command.parse(["--filter", "dense"]).out == command.PARTIAL_RESULTS
+
+
+def fresh_pages_of_a_large_block():
+    """As many as 40 MiB have, unless malloc has kept those of the block before."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = libc.malloc(40 << 20)
+        ctypes.memset(block, 1, 40 << 20)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not worker.malloc_can_keep_memory(), reason="needs glibc's mallopt")
+@pytest.mark.parametrize("keep_memory", [False, True], ids=["default", "memory kept"])
+def test_both_sides_run_in_processes_of_their_own(keep_memory, tmp_path):
+    timing, peak = command.timed(SMALL, "training", 1, 0.001, keep_memory)
+    assert timing.rounds >= measure.MIN_ROUNDS
+    assert timing.ratio > 0
+    assert (peak is None) == (cpu.status() != "available")
+    with worker.worker(SMALL, "ours", "training", 2, keep_memory) as process:
+        assert process.submit(os.getpid).result() != os.getpid()
+        assert process.submit(torch.get_num_threads).result() == 2
+        assert process.submit(gc.isenabled).result() is False
+        fresh_pages = process.submit(fresh_pages_of_a_large_block).result()
+    assert (fresh_pages < 100) is keep_memory
 
 
 @pytest.mark.skipif(not memory.RESET_PEAK.exists(), reason="needs Linux's /proc")

@@ -16,11 +16,11 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.cases import CASES, PASSES, TARGETS, Case, Pass, group, quick
 from benchmarks.check import Workload
-from benchmarks.machine import describe
+from benchmarks.machine import describe, fma_peak
 from benchmarks.measure import Timing, interleaved, summarize
 from benchmarks.memory import peak_mib
 from benchmarks.report import Row
-from benchmarks.worker import fma_peak, malloc_can_keep_memory, run_block, worker
+from benchmarks.worker import malloc_can_keep_memory, run_block, worker
 
 RESULTS = Path(__file__).parent / "results"
 PARTIAL_RESULTS = Path("runs/benchmarks")
@@ -121,7 +121,7 @@ def timed(
         worker(case, "stock", pass_, threads, keep_memory) as stock,
         worker(case, "ours", pass_, threads, keep_memory) as ours,
     ):
-        peak = ours.submit(fma_peak, case.dtype).result()
+        peak = ours.submit(fma_peak, getattr(torch, case.dtype)).result()
         rounds = interleaved(
             lambda: stock.submit(run_block).result(),
             lambda: ours.submit(run_block).result(),

@@ -53,7 +53,7 @@ def blocks(sizes: Sequence[int], training: bool, scale: float = 1.0) -> tuple[Ru
                 y, _ = module(x, (h, c))
             return torch.autograd.grad(y, leaves, dy) if training else y
 
-        return block(step, lambda: None, seconds=0.02)
+        return block(step)
 
     return of(stock), of(ours)
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from benchmarks import machine
 
-BLOCK_SECONDS = 0.005
+BLOCK_SECONDS = 0.02
 MAX_LOST = 0.01
 MIN_ROUNDS = 3
 PATIENCE = 3  # times the seconds of a row, before we make do with what was clean
@@ -90,9 +90,13 @@ def summarize(rounds: Sequence[Round]) -> Timing:
     )
 
 
+def nothing() -> None:
+    """What comes before a call where nothing changes between two calls."""
+
+
 def block(
     step: Callable[[], object],
-    before: Callable[[], None],
+    before: Callable[[], None] = nothing,
     seconds: float = BLOCK_SECONDS,
 ) -> Callable[[], Block]:
     """Return a function that runs `step` for about `seconds`.

@@ -56,7 +56,7 @@ class Comparison:
         if self.same is not None:
             torch.testing.assert_close(*self.same(), rtol=1e-3, atol=1e-4)
         with no_garbage_collection():
-            base, step = (block(side, _nothing, BLOCK_SECONDS) for side in (self.base, self.step))
+            base, step = (block(side, seconds=BLOCK_SECONDS) for side in (self.base, self.step))
             wait_for_cores()
             timing = summarize(interleaved(base, step, seconds))
         ratio = timing.ratio if self.at_least else 1 / timing.ratio
@@ -220,10 +220,6 @@ def rows(seconds: float) -> Iterator[tuple[str, ...]]:
             yield comparison.row(seconds)
     met = "met" if compile_seconds <= 10 else "MISSED"
     yield ("the longest compilation", f"{1e3 * compile_seconds:.0f}", "", "", "", "≤ 10000 ms", met)
-
-
-def _nothing() -> None:
-    """Nothing changes between two calls."""
 
 
 def write(path: Path, table: Sequence[Sequence[str]], facts: dict[str, str]) -> None:

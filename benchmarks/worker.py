@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,8 +21,8 @@ import torch
 from benchmarks import machine, measure
 from benchmarks.cases import Case, Pass
 from benchmarks.measure import Block
+from benchmarks.workload import side
 
-BLOCK_SECONDS = 0.02
 SETTLE = 0.01  # seconds: for some, OpenMP's threads look for more work, on the other side's cores
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -38,7 +39,7 @@ def fresh_process(initializer: Any = None, arguments: tuple[Any, ...] = ()) -> P
 def worker(
     case: Case, which: str, pass_: Pass, threads: int, keep_memory: bool
 ) -> ProcessPoolExecutor:
-    """A process that holds one side of a case; give it `run_block` and `fma_peak`.
+    """A process that holds one side of a case; give it `run_block`.
 
     `keep_memory` tells its malloc to keep what is freed.
     """
@@ -46,7 +47,7 @@ def worker(
 
 
 def malloc_can_keep_memory() -> bool:
-    return hasattr(ctypes.CDLL(None), "mallopt")
+    return sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
 
 
 def run_block() -> Block:
@@ -55,14 +56,8 @@ def run_block() -> Block:
     return result
 
 
-def fma_peak(dtype: str) -> float | None:
-    return machine.fma_peak(getattr(torch, dtype))
-
-
 def _start(case: Case, which: str, pass_: Pass, threads: int, keep_memory: bool) -> None:
     global _block
-    from benchmarks.workload import side
-
     if keep_memory:
         mallopt = ctypes.CDLL(None).mallopt
         if not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
@@ -71,10 +66,6 @@ def _start(case: Case, which: str, pass_: Pass, threads: int, keep_memory: bool)
     chosen = side(case, which)
     gc.collect()
     gc.disable()
-    before = chosen.renew_weights if pass_ == "training" else _nothing
-    _block = measure.block(lambda: chosen.step(pass_), before, BLOCK_SECONDS)
+    before = chosen.renew_weights if pass_ == "training" else measure.nothing
+    _block = measure.block(lambda: chosen.step(pass_), before)
     machine.wait_for_cores()
-
-
-def _nothing() -> None:
-    """Nothing changes between two calls of inference."""

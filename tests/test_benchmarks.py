@@ -6,9 +6,9 @@ import gc
 import math
 import os
 import resource
-import time
 from dataclasses import fields, replace
-from itertools import cycle
+from itertools import count, cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +66,6 @@ def test_rounds_alternate_and_both_blocks_are_to_be_clean():
 
     def stock():
         order.append("stock")
-        time.sleep(0.001)
         return Block(2.0, next(clean))
 
     def ours():
@@ -104,17 +103,14 @@ def test_lost_time_and_shared_cores_spoil_a_block(lost, ours, clean, monkeypatch
 
 def test_a_block_of_several_calls_is_warmed_up(monkeypatch):
     monkeypatch.setattr(machine, "cores_are_ours", lambda: True)
+    ticks = count()  # a step takes one
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     calls = []
-
-    def step():
-        calls.append("step")
-        time.sleep(0.0004)
-
-    run = measure.block(step, lambda: None, seconds=0.001)
-    calibration = len(calls)  # 1 + 2 + 4 calls, if the machine is calm
+    run = measure.block(lambda: calls.append("step"), seconds=3)
+    assert len(calls) == 1 + 2 + 4
     calls.clear()
-    run()
-    assert len(calls) == (calibration + 1) // 2 + 1
+    assert run().seconds == 1
+    assert len(calls) == 1 + 4
 
 
 @pytest.mark.parametrize(
@@ -298,17 +294,21 @@ def fresh_pages_of_a_large_block():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.skipif(not worker.malloc_can_keep_memory(), reason="needs glibc's mallopt")
-@pytest.mark.parametrize("keep_memory", [False, True], ids=["default", "memory kept"])
-def test_both_sides_run_in_processes_of_their_own(keep_memory, tmp_path):
-    timing, peak = command.timed(SMALL, "training", 1, 0.001, keep_memory)
+def test_both_sides_run_in_processes_of_their_own():
+    timing, peak = command.timed(SMALL, "training", 1, 0.001, keep_memory=False)
     assert timing.rounds >= measure.MIN_ROUNDS
     assert timing.ratio > 0
     assert (peak is None) == (cpu.status() != "available")
-    with worker.worker(SMALL, "ours", "training", 2, keep_memory) as process:
+    with worker.worker(SMALL, "ours", "training", 2, keep_memory=False) as process:
         assert process.submit(os.getpid).result() != os.getpid()
         assert process.submit(torch.get_num_threads).result() == 2
         assert process.submit(gc.isenabled).result() is False
+
+
+@pytest.mark.skipif(not worker.malloc_can_keep_memory(), reason="needs glibc's mallopt")
+@pytest.mark.parametrize("keep_memory", [False, True], ids=["default", "memory kept"])
+def test_malloc_keeps_memory_where_it_is_told_to(keep_memory):
+    with worker.worker(SMALL, "ours", "training", 1, keep_memory) as process:
         fresh_pages = process.submit(fresh_pages_of_a_large_block).result()
     assert (fresh_pages < 100) is keep_memory
 

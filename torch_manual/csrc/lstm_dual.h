@@ -94,7 +94,7 @@ struct Dual : Forward<real> {
     }
 
     struct DualTile {
-        static constexpr int max_rows = wide_rows;
+        static constexpr int max_rows = gate_rows;
         const Dual* self;
         const DualStep* step;
 
@@ -103,20 +103,19 @@ struct Dual : Forward<real> {
             const Dual& f = *self;
             const int64_t u = panel * L, lanes = f.H - u;
             const real* const h_prev = step->h_prev + row * f.stride_h;
-            const real* const hh = f.hh + panel * f.P * 4 * L;
+            const real *const hh = f.hh + panel * f.P * 4 * L, *const thh = f.thh + panel * f.P * 4 * L;
             vec sum[ROWS][4], tsum[ROWS][4];
             clear(sum), clear(tsum);
             if (f.fused) {
                 const real *const x = step->x + row * f.I, *const ih = f.ih + panel * f.I * 4 * L;
                 f.set_input(sum, x, panel);
-                if (step->tx) add_product(tsum, step->tx + row * f.I, f.I, ih, 4 * L, f.I);
+                if (step->tx) f.template gate_product<true>(tsum, step->tx + row * f.I, f.I, ih, f.I);
                 if (f.tw.weight_ih)
-                    add_product(tsum, x, f.I, f.tih + panel * f.I * 4 * L, 4 * L, f.I);
+                    f.template gate_product<true>(tsum, x, f.I, f.tih + panel * f.I * 4 * L, f.I);
             }
-            add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);
-            add_product(tsum, step->th_prev + row * f.stride_h, f.stride_h, hh, 4 * L, f.P);
-            if (f.tw.weight_hh)
-                add_product(tsum, h_prev, f.stride_h, f.thh + panel * f.P * 4 * L, 4 * L, f.P);
+            f.template gate_product<true>(sum, h_prev, f.stride_h, hh, f.P);
+            f.template gate_product<true>(tsum, step->th_prev + row * f.stride_h, f.stride_h, hh, f.P);
+            if (f.tw.weight_hh) f.template gate_product<true>(tsum, h_prev, f.stride_h, thh, f.P);
             for (int r = 0; r < ROWS; r++) {
                 const int64_t at = (row + r) * f.stride_pre + u;
                 for (int g = 0; g < 4; g++) {

@@ -26,8 +26,9 @@ struct Forward {
     real *gates, *cells;  // of this direction, from row `first_row` on, or null
     int64_t first_row;
 
-    // Borrowed memory. Panels: of L units, gate by gate, ih (I, 4, L) and hh (P, 4, L); peepholes
-    // into i and f (H, 2, L); of 2L units or outputs: the peephole into o, and hr, (H, 2L).
+    // Borrowed memory. Panels: of L units, with G = gates_at_once, ih (4 / G, I, G, L) and hh
+    // (4 / G, P, G, L); peepholes into i and f (H, 2, L); of 2L units or outputs: the peephole into
+    // o, and hr, (H, 2L).
     real *ih, *hh, *peep_if, *peep_o, *hr;
     real *bias;         // (4, panels · L), bias_ih + bias_hh
     real *h[2], *c[2];  // (B, stride_h), (B, stride_c): a step reads one and writes the other
@@ -117,15 +118,41 @@ struct Forward {
     // Panel p of weights and bias, of what is given.
     void pack_panel(int64_t p, const Weights<real>& from, real* ih, real* hh, real* bias) const {
         for (int g = 0; g < 4; g++) {
-            real *to_ih = ih + p * I * 4 * L + g * L, *to_hh = hh + p * P * 4 * L + g * L;
             if (packed() && from.weight_ih)
-                pack_transposed(to_ih, 4 * L, from.weight_ih + g * H * I, p * L, H, I);
+                pack_gate(ih + p * I * 4 * L, g, from.weight_ih + g * H * I, p, I);
             if (packed() && from.weight_hh)
-                pack_transposed(to_hh, 4 * L, from.weight_hh + g * H * P, p * L, H, P);
+                pack_gate(hh + p * P * 4 * L, g, from.weight_hh + g * H * P, p, P);
             vec b = {};
             if (from.bias_ih) b += load(from.bias_ih + g * H + p * L, H - p * L);
             if (from.bias_hh) b += load(from.bias_hh + g * H + p * L, H - p * L);
             store(bias + (g * panels + p) * L, b);
+        }
+    }
+
+    void pack_gate(real* to, int gate, const real* weight, int64_t panel, int64_t K) const {
+        to += (gate / gates_at_once * K * gates_at_once + gate % gates_at_once) * L;
+        pack_transposed(to, gates_at_once * L, weight, panel * L, H, K);
+    }
+
+    // sum[r][g] = or, with `add`, += Σ_k a[r][k] · panel[k][g]: so many gates at a time that their sums
+    // stay in registers.
+    template <bool add, int MOST_SETS = 4, int ROWS>
+    static INLINE void gate_product(vec (&sum)[ROWS][4], const real* a, int64_t stride_a,
+                                    const real* panel, int64_t K) {
+        constexpr int G = gates_at_once;
+        if constexpr (G == 4) return product<add, MOST_SETS>(sum, a, stride_a, panel, 4 * L, K);
+#pragma GCC unroll 1
+        for (int first = 0; first < 4; first += G, panel += K * G * L) {
+            vec part[ROWS][G];
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS && add; r++)
+#pragma GCC unroll 4
+                for (int g = 0; g < G; g++) part[r][g] = sum[r][first + g];
+            product<add, MOST_SETS>(part, a, stride_a, panel, G * L, K);
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+                for (int g = 0; g < G; g++) sum[r][first + g] = part[r][g];
         }
     }
 
@@ -308,7 +335,7 @@ struct Forward {
 
     // The input part of F1 and of R1: x Wᵀ and, if given, a bias, written or added to what is there.
     struct InputTile {
-        static constexpr int max_rows = wide_rows;
+        static constexpr int max_rows = gate_rows;
         const Forward* self;
         const real *x, *weight, *bias;
         bool add;
@@ -323,7 +350,7 @@ struct Forward {
                     for (int g = 0; g < 4; g++)
                         __builtin_prefetch(pre + (row + r) * f.stride_pre + g * f.H + panel * L, 1);
             // A single row is summed as many are: how many stand here together is chance.
-            product<false, 1>(sum, x + row * f.I, f.I, weight + panel * f.I * 4 * L, 4 * L, f.I);
+            gate_product<false, 1>(sum, x + row * f.I, f.I, weight + panel * f.I * 4 * L, f.I);
             for (int r = 0; r < ROWS; r++)
                 for (int g = 0; g < 4; g++) {
                     vec b = bias ? load(bias + (g * f.panels + panel) * L) : vec{};
@@ -334,10 +361,10 @@ struct Forward {
         }
     };
 
-    // The same where it is fused: x Wᵀ + b of a tile's rows.
+    // The same, to the bit, where it is fused: x Wᵀ + b of a tile's rows.
     template <int ROWS>
     INLINE void set_input(vec (&sum)[ROWS][4], const real* x, int64_t panel) const {
-        set_product(sum, x, I, ih + panel * I * 4 * L, 4 * L, I);
+        gate_product<false, 1>(sum, x, I, ih + panel * I * 4 * L, I);
 #pragma GCC unroll 4
         for (int g = 0; g < 4; g++) {
             const vec b = load(bias + (g * panels + panel) * L);
@@ -347,7 +374,7 @@ struct Forward {
     }
 
     struct GateTile {
-        static constexpr int max_rows = wide_rows;
+        static constexpr int max_rows = gate_rows;
         const Forward* self;
         const Step* step;
 
@@ -360,9 +387,9 @@ struct Forward {
             const real *h_prev = step->h_prev + row * f.stride_h, *hh = f.hh + panel * f.P * 4 * L;
             if (!tangent && f.fused) {
                 f.set_input(sum, step->x + row * f.I, panel);
-                add_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);  // F1
+                gate_product<true>(sum, h_prev, f.stride_h, hh, f.P);  // F1
             } else {
-                set_product(sum, h_prev, f.stride_h, hh, 4 * L, f.P);
+                gate_product<false>(sum, h_prev, f.stride_h, hh, f.P);
             }
             if (f.full()) {
                 vec peep[ROWS][2];

@@ -127,7 +127,7 @@ struct WeightSums {
     using vec = vec_of<real>;
     static constexpr int L = Vector<real>::lanes;
     static constexpr int R = wide_rows, V = 4;  // of a tile: rows of the weight, vectors
-    static constexpr int64_t depth = 128;  // terms of a sum: with twice as many, float32 is less accurate than BLAS
+    static constexpr int64_t depth = 128;  // terms of a sum, in two halves: longer ones lose accuracy
     static constexpr int64_t tile_size = depth * R + 64 / sizeof(real);
 
     const WeightSumsArguments<real>* args;
@@ -263,19 +263,29 @@ struct WeightSums {
     }
 
     template <int VECS>
+    static INLINE void sum_terms(vec (&to)[R][VECS], const real* dpre, const real* columns,
+                                 int64_t first, int64_t end) {
+        vec sum[R][VECS] = {};
+        for (int64_t k = first; k < end; k++)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECS; v++)
+                    sum[r][v] += dpre[k * R + r] * load(columns + (k * VECS + v) * L);
+        memcpy(to, sum, sizeof(sum));
+    }
+
+    template <int VECS>
     NOINLINE void add_tile(int64_t t, const real* columns, real* to, int64_t width,
                                             int64_t left, const Terms& terms) const {
         const real* dpre = packed_dpre + t * tile_size;
         const int64_t rows = least(R, args->M - t * R);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t v = 0; v < VECS; v++) __builtin_prefetch(to + r * width + v * L, 1);
-        vec sum[R][VECS] = {};
-        for (int64_t k = 0; k < terms.count; k++)
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-                for (int v = 0; v < VECS; v++)
-                    sum[r][v] += dpre[k * R + r] * load(columns + (k * VECS + v) * L);
+        vec half[R][VECS], sum[R][VECS];
+        sum_terms<VECS>(half, dpre, columns, 0, terms.count / 2);
+        __asm__("" : "+m"(half));  // in memory, while the other half needs the registers
+        sum_terms<VECS>(sum, dpre, columns, terms.count / 2, terms.count);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -283,7 +293,7 @@ struct WeightSums {
                 if (r >= rows) continue;
                 real* at = to + r * width + v * L;
                 const vec before = terms.add ? load(at, left - v * L) : vec{};
-                store(at, before + sum[r][v], left - v * L);
+                store(at, before + (half[r][v] + sum[r][v]), left - v * L);
             }
     }
 };

@@ -13,16 +13,19 @@ LSTM has none, so it is switched off for stock.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
 import torch_manual
@@ -154,10 +157,27 @@ def first_order(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
     def of_weights() -> object:
         return jvp(lambda p: functional_call(module, p, (x,))[0], (parameters,), (tangents,))
 
-    for name, step in (("input", of_input), ("weights", of_weights)):
-        name = f"jvp along the {name} T{T} B{B} I{I} H{H}"
-        yield Comparison(name, "forward, no_grad", step, torch.no_grad()(forward), 2.5)
-        yield Comparison(name, "forward, graph kept", step, forward, 2.5)
+    @torch.no_grad()
+    def dual_input() -> object:
+        with forward_ad.dual_level():
+            y = functional_call(module, parameters, (forward_ad.make_dual(x, tx),))[0]
+            return forward_ad.unpack_dual(y)
+
+    @torch.no_grad()
+    def dual_weights() -> object:
+        with forward_ad.dual_level():
+            duals = {k: forward_ad.make_dual(p, tangents[k]) for k, p in parameters.items()}
+            return forward_ad.unpack_dual(functional_call(module, duals, (x,))[0])
+
+    without_graph = torch.no_grad()(forward)
+    for name, of, dual in (
+        ("input", of_input, dual_input),
+        ("weights", of_weights, dual_weights),
+    ):
+        name = f"along the {name} T{T} B{B} I{I} H{H}"
+        yield Comparison(f"jvp {name}", "forward, no_grad", of, without_graph, 2.5)
+        yield Comparison(f"jvp {name}", "forward, graph kept", of, forward, 2.5)
+        yield Comparison(f"forward_ad {name}", "forward, no_grad", dual, without_graph, 2.5)
 
 
 def hessian_vector_product(T: int, B: int, I: int, H: int) -> Comparison:
@@ -210,6 +230,55 @@ def compiled(T: int, B: int, I: int, H: int) -> Iterator[tuple[Comparison, float
     yield compare("step, module compiled", loss, compile(module))
 
 
+def compiled_whole(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
+    """Forward and backward pass in one graph; a step with its optimizer."""
+    module = torch_manual.LSTM(I, H)
+    x = torch.randn(T, B, I)
+    parameters = dict(module.named_parameters())
+
+    def loss(module: Callable, x: Tensor) -> Tensor:
+        return module(x)[0].square().sum()
+
+    def loss_of(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return loss(partial(functional_call, module, parameters), x)
+
+    one_graph = torch.compile(grad(loss_of), fullgraph=True, dynamic=True)
+
+    def step() -> list[Tensor]:
+        return list(one_graph({name: p.detach() for name, p in parameters.items()}, x).values())
+
+    def eager_step() -> Sequence[Tensor]:
+        return torch.autograd.grad(loss(module, x), list(parameters.values()))
+
+    name = f"compiled torch.func.grad T{T} B{B} I{I} H{H}"
+    yield Comparison(
+        name, "eager step", step, eager_step, limit=1.0, same=lambda: (step(), eager_step())
+    )
+
+    def training_step(compile: Callable) -> Callable[[], list[Tensor]]:
+        trained = copy.deepcopy(module)
+        optimizer = torch.optim.Adam(trained.parameters())
+        compiled_loss, optimizer_step = compile(loss), compile(optimizer.step)
+
+        def step() -> list[Tensor]:
+            optimizer.zero_grad()
+            compiled_loss(trained, x).backward()
+            optimizer_step()
+            return [p.detach() for p in trained.parameters()]
+
+        return step
+
+    compiled_step, eager_training_step = training_step(torch.compile), training_step(lambda f: f)
+    yield Comparison(
+        f"training step with Adam, both compiled T{T} B{B} I{I} H{H}",
+        "the same, eager",
+        compiled_step,
+        eager_training_step,
+        limit=1.0,
+        same=lambda: (compiled_step(), eager_training_step()),
+    )
+
+
 def rows(seconds: float) -> Iterator[tuple[str, ...]]:
     for comparison in comparisons():
         yield comparison.row(seconds)
@@ -217,6 +286,8 @@ def rows(seconds: float) -> Iterator[tuple[str, ...]]:
     for sizes in ((100, 8, 64, 64), (128, 32, 128, 128)):
         for comparison, seconds_to_compile in compiled(*sizes):
             compile_seconds = max(compile_seconds, seconds_to_compile)
+            yield comparison.row(seconds)
+        for comparison in compiled_whole(*sizes):
             yield comparison.row(seconds)
     met = "met" if compile_seconds <= 10 else "MISSED"
     yield ("the longest compilation", f"{1e3 * compile_seconds:.0f}", "", "", "", "≤ 10000 ms", met)

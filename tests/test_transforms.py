@@ -329,6 +329,27 @@ def test_one_compiled_graph_serves_three_lengths():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_one_compiled_gradient_serves_three_lengths():
+    """A whole step, forward and backward pass, in one graph. (Weights are inputs of it: dynamic
+    sizes that are equal when it is traced are taken for one, so T and B are none of theirs.)"""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = torch_manual.LSTM(3, 4, 2)
+
+    def loss(parameters, x):
+        return functional_call(module, parameters, (x,))[0].square().sum()
+
+    compiled = torch.compile(grad(loss), fullgraph=True, dynamic=True, backend="aot_eager")
+    for T, B in ((5, 2), (6, 3), (9, 5)):
+        x = torch.randn(T, B, 3)
+        found = compiled({name: p.detach() for name, p in module.named_parameters()}, x)
+        module.zero_grad()
+        module(x)[0].square().sum().backward()
+        for name, p in module.named_parameters():
+            assert torch.equal(found[name], p.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_export_with_dynamic_length():
     module = torch_manual.LSTM(3, 4, 2, bidirectional=True).eval()
     T = torch.export.Dim("T", min=2, max=1000)

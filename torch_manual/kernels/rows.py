@@ -62,11 +62,10 @@ def previous(
     """
     batch = initial.shape[0]
     if batch_sizes is None:
-        if len(rows) == batch:
+        n_rows = rows.shape[0]  # not len(), which a traced length does not survive
+        if n_rows == batch:
             return initial
-        return torch.cat(
-            [rows[batch:], initial] if reverse else [initial, rows[: len(rows) - batch]]
-        )
+        return torch.cat([rows[batch:], initial] if reverse else [initial, rows[: n_rows - batch]])
     return torch.cat([rows, initial]).index_select(
         0, _previous_index(rows.shape[0], batch_sizes, reverse).to(rows.device)
     )
@@ -77,7 +76,7 @@ def first(rows: Tensor, batch: int, batch_sizes: Tensor | None, reverse: bool = 
     if not reverse:
         return rows[:batch]
     if batch_sizes is None:
-        return rows[len(rows) - batch :]
+        return rows[rows.shape[0] - batch :]
     sequence = torch.arange(batch)
     lengths = (batch_sizes > sequence.unsqueeze(1)).sum(1)
     starts = batch_sizes.cumsum(0) - batch_sizes

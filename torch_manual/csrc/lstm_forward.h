@@ -410,7 +410,7 @@ struct Forward {
 
     // F1 from dot products with the rows of the weights, where packing them would not pay.
     struct UnpackedTile {
-        static constexpr int max_rows = 4;
+        static constexpr int max_rows = least(4, wide_rows);
         const Forward* self;
         const Step* step;
 

@@ -93,6 +93,13 @@ INLINE vec_of<real> load(const real* p, int64_t n) {
         return (vec_of<real>)_mm512_maskz_loadu_ps((1u << n) - 1, p);
     else
         return (vec_of<real>)_mm512_maskz_loadu_pd((1u << n) - 1, p);
+#elif defined(__AVX2__)
+    static const int32_t lanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    const __m256i mask = _mm256_loadu_si256((const __m256i*)(lanes + 8 - n * sizeof(real) / 4));
+    if constexpr (sizeof(real) == 4)
+        return (vec_of<real>)_mm256_maskload_ps(p, mask);
+    else
+        return (vec_of<real>)_mm256_maskload_pd(p, mask);
 #else
     vec_of<real> v = {};
     for (int64_t k = 0; k < n; k++) v[k] = p[k];

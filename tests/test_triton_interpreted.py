@@ -7,6 +7,7 @@ file in a process of its own. By hand: `TRITON_INTERPRET=1 pytest tests/test_tri
 import contextlib
 import importlib.util
 import os
+import threading
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by tests/test_triton.py, interpreted", allow_module_level=True)
 
 import triton
-import triton.language as tl
 from torch_manual.triton_kernels import _math
 from torch_manual.triton_kernels.lstm import gates, sequence, step, step_backward
 
@@ -248,15 +248,37 @@ def test_persistent_is_bit_equal_to_steps(sample, dtype):
         assert distance(all_at_once, expected(DIAGONAL, sample, dtype)) < 1e-13
 
 
+class Overtaken:
+    """In a barrier's place: the program that comes first stays until all others are done."""
+
+    def __init__(self):
+        self.arrivals = {}
+        self.changed = threading.Condition()
+
+    def arrive(self, programs, steps):
+        me = threading.get_ident()
+        with self.changed:
+            self.arrivals[me] = self.arrivals.get(me, 0) + 1
+            self.changed.notify_all()
+            if self.arrivals[me] == 1 and next(iter(self.arrivals)) == me:
+                others = steps * (programs - 1)
+                assert self.changed.wait_for(lambda: sum(self.arrivals.values()) > others, 60)
+
+
+overtaken = None
+
+
 @pytest.mark.parametrize("module", [step, step_backward], ids=["forward", "backward"])
 def test_persistent_without_its_barrier_is_wrong(monkeypatch, module):
     @triton.jit
     def no_barrier(arrived_ptr, expected, error_ptr):
-        tl.debug_barrier()
+        overtaken.arrive(programs=4, steps=3)
 
+    monkeypatch.setitem(globals(), "overtaken", Overtaken())
     monkeypatch.setattr(module, "grid_barrier", no_barrier)
     # uninitialized memory is NaN, and a step that starts too early reads it
     all_at_once, steps = both_step_levels(LSTM, ODD, torch.float64)
+    assert list(overtaken.arrivals.values()) == [3] * 4
     assert not all(map(torch.equal, all_at_once, steps))
 
 

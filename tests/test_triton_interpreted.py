@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by tests/test_triton.py, interpreted", allow_module_level=True)
 
 import triton
+import triton.language as tl
 from torch_manual.triton_kernels import _math
 from torch_manual.triton_kernels.lstm import gates, sequence, step, step_backward
 
@@ -273,6 +274,7 @@ def test_persistent_without_its_barrier_is_wrong(monkeypatch, module):
     @triton.jit
     def no_barrier(arrived_ptr, expected, error_ptr):
         overtaken.arrive(programs=4, steps=3)
+        tl.debug_barrier()
 
     monkeypatch.setitem(globals(), "overtaken", Overtaken())
     monkeypatch.setattr(module, "grid_barrier", no_barrier)

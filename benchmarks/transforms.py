@@ -75,6 +75,10 @@ class Comparison:
         )
 
 
+def loss(module: Callable, x: Tensor) -> Tensor:
+    return module(x)[0].square().sum()
+
+
 def comparisons() -> Iterator[Comparison]:
     yield gradient_penalty(T=100, B=8, I=64, H=64)
     yield per_sample_gradients(T=50, B=32, I=64, H=128)
@@ -120,11 +124,11 @@ def per_sample_gradients(T: int, B: int, I: int, H: int) -> Comparison:
     x = torch.randn(T, B, I)
     parameters = {name: p.detach() for name, p in ours.named_parameters()}
 
-    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(ours, parameters, (x,))[0].square().sum()
+    def loss_of(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return loss(partial(functional_call, ours, parameters), x)
 
     def step() -> list[Tensor]:
-        return list(vmap(grad(loss), (None, 1))(parameters, x).values())
+        return list(vmap(grad(loss_of), (None, 1))(parameters, x).values())
 
     def opacus_step() -> list[Tensor]:
         with_hooks.zero_grad()
@@ -187,8 +191,7 @@ def hessian_vector_product(T: int, B: int, I: int, H: int) -> Comparison:
     vectors = [torch.randn_like(p) for p in parameters]
 
     def gradient(create_graph: bool = False) -> tuple[Tensor, ...]:
-        loss = module(x)[0].square().sum()
-        return torch.autograd.grad(loss, parameters, create_graph=create_graph)
+        return torch.autograd.grad(loss(module, x), parameters, create_graph=create_graph)
 
     def product() -> tuple[Tensor, ...]:
         return torch.autograd.grad(gradient(create_graph=True), parameters, vectors)
@@ -203,9 +206,6 @@ def compiled(T: int, B: int, I: int, H: int) -> Iterator[tuple[Comparison, float
     module = torch_manual.LSTM(I, H)
     x = torch.randn(T, B, I)
     parameters = [*module.parameters()]
-
-    def loss(module: Callable, x: Tensor) -> Tensor:
-        return module(x)[0].square().sum()
 
     def step(loss: Callable, module: Callable) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss(module, x), parameters)
@@ -235,9 +235,6 @@ def compiled_whole(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
     module = torch_manual.LSTM(I, H)
     x = torch.randn(T, B, I)
     parameters = dict(module.named_parameters())
-
-    def loss(module: Callable, x: Tensor) -> Tensor:
-        return module(x)[0].square().sum()
 
     def loss_of(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return loss(partial(functional_call, module, parameters), x)

@@ -14,14 +14,13 @@ namespace {
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int wide_rows = 6;    // × 4 vectors
 constexpr int narrow_rows = 8;  // × 2 vectors
-constexpr int gate_rows = 6;    // × a vector of each of `gates_at_once`
 constexpr int gates_at_once = 4;
 #else
 constexpr int wide_rows = 3;
 constexpr int narrow_rows = 6;
-constexpr int gate_rows = 6;
 constexpr int gates_at_once = 2;
 #endif
+constexpr int gate_rows = 6;  // × a vector of each of `gates_at_once`
 
 // A float accumulator adds up no more terms than this: longer sums lose accuracy.
 constexpr int64_t longest_sum = 256;

@@ -164,20 +164,25 @@ struct Backward {
     }
 
     // B9, dpre W_hh, for 2L outputs or the last L.
-    template <int ROWS, int MOST = 0>
+    template <int ROWS, typename Asked = Nothing>
     INLINE void recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel,
-                          const Wanted<MOST>& wanted = {}) const {
+                          const Asked& asked = {}) const {
         const bool whole = packed(panel);
         const real* weight = whole ? hh + panel * 4 * H * 2 * L : w.weight_hh + panel * 2 * L;
         const int64_t step = whole ? 2 * L : P;
         from += row * stride_dpre;
         if (P - panel * 2 * L > L)
-            return product<false>(sum, from, stride_dpre, weight, step, 4 * H, wanted);  // B9, R17
-        wanted.ask();
+            return product<false>(sum, from, stride_dpre, weight, step, 4 * H, asked);  // B9, R17
+        ask_urgent(asked);
         vec first[ROWS][1] = {};
         add_product(first, from, stride_dpre, weight, step, 4 * H);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) sum[r][0] = first[r][0];
+    }
+
+    // What of `hh` the next tiles will read.
+    Lines ahead(const Turn& turn) const {
+        return T > 1 ? turn.ahead(hh, 4 * H * 2 * L) : Lines{};
     }
 
     template <int ROWS>
@@ -203,11 +208,11 @@ struct Backward {
         const Step* step;
 
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Turn& turn) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             if (step->product)
-                f.recurrent(sum, step->dpre_next, row, panel);
+                f.recurrent(sum, step->dpre_next, row, panel, f.ahead(turn));
             else
                 clear(sum);
             for (int r = 0; r < ROWS; r++)
@@ -227,15 +232,16 @@ struct Backward {
         const Step* step;
 
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t pair) const {
+        NOINLINE void tile(int64_t row, int64_t pair, const Turn& turn) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             Wanted<ROWS * most_wanted> wanted;
             for (int r = 0; r < ROWS; r++) f.want(wanted, *step, row + r, pair * 2 * L);
+            wanted.lines = f.ahead(turn);
             if (!f.w.weight_hr && step->product) {
                 f.recurrent(sum, step->dpre_next, row, pair, wanted);
             } else {
-                wanted.ask();
+                ask_urgent(wanted);
                 clear(sum);
                 if (f.w.weight_hr)  // B2
                     add_product(sum, f.dh + row * f.stride_dh, f.stride_dh,
@@ -337,7 +343,7 @@ struct Backward {
         const Step* step;
 
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t pair) const {
+        NOINLINE void tile(int64_t row, int64_t pair, const Turn&) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             clear(sum);
@@ -365,7 +371,7 @@ struct Backward {
         bool cell;
 
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Turn&) const {
             const Backward& f = *self;
             const int64_t n = cell ? f.H : f.P;
             vec sum[ROWS][2] = {};

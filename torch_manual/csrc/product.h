@@ -36,36 +36,73 @@ INLINE void clear(vec (&sum)[ROWS][VECS]) {
         for (int v = 0; v < VECS; v++) sum[r][v] = vec{};
 }
 
-// Addresses to prefetch, one at a time while a product is computed: all at once would be more than
-// can be on its way.
-template <int MOST>
-struct Wanted {
-    const void* address[MOST];
-    int64_t count = 0;
+// What to prefetch while a product is computed, a cache line at a time: all at once would be more than
+// can be on its way. `urgent()` come first, and all of them are asked for; of the others, as many as
+// the product has time for.
+struct Nothing {
+    static constexpr int64_t urgent() { return 0; }
+    static constexpr int64_t count() { return 0; }
+    const void* operator[](int64_t) const { return nullptr; }
+};
 
-    INLINE void add(const void* p) { address[count++] = p; }
-    void ask() const {
-        for (int64_t k = 0; k < count; k++) __builtin_prefetch(address[k]);
+struct Lines {
+    const char* first = nullptr;
+    int64_t n = 0;
+
+    static constexpr int64_t urgent() { return 0; }
+    int64_t count() const { return n; }
+    const void* operator[](int64_t k) const { return first + k * 64; }
+    Lines part(int64_t index, int64_t of) const {
+        return {first + n * index / of * 64, n * (index + 1) / of - n * index / of};
     }
 };
 
-template <>
-struct Wanted<0> {
-    static constexpr int64_t count = 0;
-    void ask() const {}
+template <int MOST>
+struct Wanted {
+    const void* address[MOST];
+    int64_t n = 0;
+    Lines lines;
+
+    INLINE void add(const void* p) { address[n++] = p; }
+    int64_t urgent() const { return n; }
+    int64_t count() const { return n + lines.count(); }
+    const void* operator[](int64_t k) const { return k < n ? address[k] : lines[k - n]; }
+};
+
+template <typename Asked>
+INLINE void ask_urgent(const Asked& asked) {
+    for (int64_t k = 0; k < asked.urgent(); k++) __builtin_prefetch(asked[k]);
+}
+
+// The place of a tile among the `of` tiles of a panel, one of `n_panels`, after which panel `next`
+// comes.
+struct Turn {
+    static constexpr int64_t near = 1 << 20;  // bytes: so much stays in caches near the core
+
+    int64_t n_panels, next, index, of;
+
+    // This tile's share of the next one of `panels` of `size` numbers.
+    template <typename real>
+    Lines ahead(const real* panels, int64_t size) const {
+        const int64_t bytes = size * (int64_t)sizeof(real);
+        if (n_panels * bytes <= near) return {};
+        return Lines{(const char*)(panels + next * size), bytes / 64}.part(index, of);
+    }
 };
 
 // sum[r][v] = or, with `add`, += Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying
 // `step` after those for k. Few rows are summed in several sets, so that additions need not wait for
 // one another.
-template <bool add, int MOST_SETS = 4, typename real, int ROWS, int VECS, int MOST = 0>
+template <bool add, int MOST_SETS = 4, typename real, int ROWS, int VECS, typename Asked = Nothing>
 INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
-                    const real* panel, int64_t step, int64_t K, const Wanted<MOST>& wanted = {}) {
+                    const real* panel, int64_t step, int64_t K, const Asked& asked = {}) {
     constexpr int L = Vector<real>::lanes;
     constexpr int FEW = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
     constexpr int SETS = FEW < MOST_SETS ? FEW : MOST_SETS;
     if (!add && K <= 0) clear(sum);
-    int64_t asked = 0;
+    int64_t next = 0;
+    for (; K < 2 * SETS * (asked.urgent() - next); next++) __builtin_prefetch(asked[next]);
+    const bool hurried = asked.urgent() > 0 && K < 4 * SETS * (asked.count() - next);
     for (int64_t start = 0; start < K; start += longest_sum) {
         const int64_t end = least(K, start + longest_sum);
         // Keeps `sum` in memory meanwhile: with it the compiler would run out of registers.
@@ -82,22 +119,18 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                         part[s][r][v] +=
                             a[r * stride_a + k + s] * load(panel + (k + s) * step + v * L);
         };
-        if constexpr (MOST > 0) {
-            const auto add_asking = [&](auto each) ALWAYS_INLINE {
-                constexpr int EACH = decltype(each)::value;  // so many terms for an address
-                for (; asked < wanted.count && k + EACH * SETS <= end; asked++) {
-                    __builtin_prefetch(wanted.address[asked]);
+        const auto add_asking = [&](auto each) ALWAYS_INLINE {
+            constexpr int EACH = decltype(each)::value;  // so many terms for a line
+            for (; next < asked.count() && k + EACH * SETS <= end; next++) {
+                __builtin_prefetch(asked[next]);
 #pragma GCC unroll 4
-                    for (int e = 0; e < EACH; e++) add_terms(), k += SETS;
-                }
-            };
-            for (; K < 2 * SETS * (wanted.count - asked); asked++)  // too many for so few terms
-                __builtin_prefetch(wanted.address[asked]);
-            if (K < 4 * SETS * wanted.count)
-                add_asking(std::integral_constant<int, 2>());
-            else
-                add_asking(std::integral_constant<int, 4>());
-        }
+                for (int e = 0; e < EACH; e++) add_terms(), k += SETS;
+            }
+        };
+        if (hurried)
+            add_asking(std::integral_constant<int, 2>());
+        else
+            add_asking(std::integral_constant<int, 4>());
         for (; k + SETS <= end; k += SETS) add_terms();
         for (; k < end; k++)
 #pragma GCC unroll 12
@@ -175,22 +208,24 @@ void pack_columns(real* to, const real* W, int64_t first, int64_t n_columns, int
         }
 }
 
-// Calls stage.tile<ROWS>(row, panel) with the number of rows as a constant.
+// Calls stage.tile<ROWS>(row, panel, turn) with the number of rows as a constant.
 template <int ROWS, typename Stage>
-INLINE void call_tile(const Stage& stage, int64_t n_rows, int64_t row, int64_t panel) {
+INLINE void call_tile(const Stage& stage, int64_t n_rows, int64_t row, int64_t panel, const Turn& turn) {
     if constexpr (ROWS > 1)
-        if (n_rows != ROWS) return call_tile<ROWS - 1>(stage, n_rows, row, panel);
-    stage.template tile<ROWS>(row, panel);
+        if (n_rows != ROWS) return call_tile<ROWS - 1>(stage, n_rows, row, panel, turn);
+    stage.template tile<ROWS>(row, panel, turn);
 }
 
 // Covers rows [first, end) and panels [panel, end_panel) with tiles of at most Stage::max_rows rows.
 template <typename Stage>
-void cover(const Stage& stage, int64_t first, int64_t end, int64_t panel, int64_t end_panel) {
+void cover(const Stage& stage, int64_t first, int64_t end, int64_t first_panel, int64_t end_panel) {
     const int64_t n = end - first, blocks = (n + Stage::max_rows - 1) / Stage::max_rows;
-    for (; panel < end_panel; panel++)
+    for (int64_t panel = first_panel; panel < end_panel; panel++)
         for (int64_t k = 0; k < blocks; k++) {
-            const int64_t row = first + n * k / blocks;
-            call_tile<Stage::max_rows>(stage, first + n * (k + 1) / blocks - row, row, panel);
+            const int64_t row = first + n * k / blocks, rows = first + n * (k + 1) / blocks - row;
+            const int64_t next = panel + 1 < end_panel ? panel + 1 : first_panel;
+            const Turn turn = {end_panel - first_panel, next, k, blocks};
+            call_tile<Stage::max_rows>(stage, rows, row, panel, turn);
         }
 }
 

@@ -72,17 +72,16 @@ struct Backward {
 
     // Packs the weights and sets dc_next before the last step.
     void prepare(int64_t thread, int64_t threads) {
-        const Range of_outputs = share(panels_p, thread, threads);
-        for (int64_t p = of_outputs.begin; p < of_outputs.end; p++)
-            if (packed(p)) pack_columns(hh + p * 4 * H * 2 * L, w.weight_hh, p * 2 * L, P, 4 * H);
+        Range of_outputs = share(panels_p, thread, threads);
+        while (of_outputs.begin < of_outputs.end && !packed(of_outputs.begin)) of_outputs.begin++;
+        pack_columns(hh, 4 * H * 2 * L, w.weight_hh, of_outputs.begin, of_outputs.end, P, 4 * H);
         const Range of_units = share(pairs, thread, threads);
-        for (int64_t p = of_units.begin; p < of_units.end; p++) {
-            if (w.weight_hr) pack_columns(hr + p * P * 2 * L, w.weight_hr, p * 2 * L, H, P);
-            if (!full()) continue;
-            real* to = peep_if + p * 2 * H * 2 * L;
-            pack_peephole(to, w.weight_ci, p);
-            pack_peephole(to + H * 2 * L, w.weight_cf, p);
-            pack_peephole(peep_o + p * H * 2 * L, w.weight_co, p);
+        if (w.weight_hr)
+            pack_columns(hr, P * 2 * L, w.weight_hr, of_units.begin, of_units.end, H, P);
+        if (full()) {
+            pack_peephole(peep_if, 2 * H * 2 * L, w.weight_ci, of_units);
+            pack_peephole(peep_if + H * 2 * L, 2 * H * 2 * L, w.weight_cf, of_units);
+            pack_peephole(peep_o, H * 2 * L, w.weight_co, of_units);
         }
         const Range sequences = share(B, thread, threads);
         real* dc = args->dc0 + (direction * B + sequences.begin) * H;
@@ -93,13 +92,16 @@ struct Backward {
             memset(dc, 0, n * sizeof(real));
     }
 
-    void pack_peephole(real* to, const real* weight, int64_t pair) const {
-        if (weight) return pack_columns(to, weight, pair * 2 * L, H, H);
-        memset(to, 0, H * 2 * L * sizeof(real));
+    void pack_peephole(real* to, int64_t size, const real* weight, const Range& of) const {
+        if (weight) return pack_columns(to, size, weight, of.begin, of.end, H, H);
+        for (int64_t p = of.begin; p < of.end; p++)
+            memset(to + p * size, 0, H * 2 * L * sizeof(real));
     }
 
-    // A single step uses W_hh once: it is read where it is, but for a panel wider than what is left.
-    bool packed(int64_t panel) const { return T > 1 || (panel + 1) * 2 * L > P; }
+    // A single step of few sequences reads W_hh where it is, but for a panel wider than what is left.
+    bool packed(int64_t panel) const {
+        return T > 1 || (panel + 1) * 2 * L > P || pays_to_pack_columns<real>(B, 4 * H * P);
+    }
 
     void run(const Part& part, int64_t) const { run_steps(part, 0, T); }
 
@@ -182,7 +184,7 @@ struct Backward {
 
     // What of `hh` the next tiles will read.
     Lines ahead(const Turn& turn) const {
-        return T > 1 ? turn.ahead(hh, 4 * H * 2 * L) : Lines{};
+        return packed(0) ? turn.ahead(hh, 4 * H * 2 * L) : Lines{};
     }
 
     template <int ROWS>

@@ -55,7 +55,7 @@ struct InputSums {
     int64_t panels() const { return (args->I + 2 * L - 1) / (2 * L); }
     // Few rows do not pay for packing, but for a panel wider than what is left.
     bool packed(int64_t panel) const {
-        return args->N > narrow_rows || (panel + 1) * 2 * L > args->I;
+        return (panel + 1) * 2 * L > args->I || pays_to_pack_columns<real>(args->N, args->K * args->I);
     }
 
     void plan(Workspace& workspace, const InputSumsArguments<real>& a) {
@@ -65,12 +65,11 @@ struct InputSums {
     }
 
     void prepare(int64_t thread, int64_t threads) {
-        const Range mine = share(panels(), thread, threads);
+        Range mine = share(panels(), thread, threads);
+        while (mine.begin < mine.end && !packed(mine.begin)) mine.begin++;
         for (int64_t d = 0; d < args->D; d++)
-            for (int64_t p = mine.begin; p < mine.end; p++)
-                if (packed(p))
-                    pack_columns(packed_weight[d] + p * args->K * 2 * L, args->weight_ih[d],
-                                 p * 2 * L, args->I, args->K);
+            pack_columns(packed_weight[d], args->K * 2 * L, args->weight_ih[d], mine.begin, mine.end,
+                         args->I, args->K);
     }
 
     void run(int64_t thread, int64_t threads) const {

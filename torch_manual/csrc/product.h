@@ -22,6 +22,14 @@ constexpr int gates_at_once = 2;
 #endif
 constexpr int gate_rows = 6;  // × a vector of each of `gates_at_once`
 
+// Whether `rows` pay for packing the columns of a weight, which could be read where they are. They
+// lie far apart, and those of a large weight leave the caches between two tiles.
+template <typename real>
+bool pays_to_pack_columns(int64_t rows, int64_t numbers) {
+    const bool large = numbers * (int64_t)sizeof(real) > 2 << 20;
+    return rows > (large ? 2 : 8) * narrow_rows;
+}
+
 // A float accumulator adds up no more terms than this: longer sums lose accuracy.
 constexpr int64_t longest_sum = 256;
 
@@ -195,17 +203,20 @@ void pack_transposed(real* to, int64_t step, const real* W, int64_t first, int64
     }
 }
 
-// Packs columns `first` to `first + 2 lanes` of the K rows of W (K, n_columns), zeros after the last.
+// Packs panels [begin, end), of 2 lanes' columns each, of the K rows of W (K, n_columns), zeros after
+// the last column: panel p from `to + p · size` on. Rows are read along, a few at a time.
 template <typename real>
-void pack_columns(real* to, const real* W, int64_t first, int64_t n_columns, int64_t K) {
-    constexpr int L = Vector<real>::lanes;
-    for (int64_t k = 0; k < K; k++)
-        for (int v = 0; v < 2; v++) {
-            const int64_t column = first + v * L;
-            store(to + (k * 2 + v) * L, column < n_columns
-                                            ? load(W + k * n_columns + column, n_columns - column)
-                                            : vec_of<real>{});
-        }
+void pack_columns(real* to, int64_t size, const real* W, int64_t begin, int64_t end,
+                  int64_t n_columns, int64_t K) {
+    constexpr int64_t L = Vector<real>::lanes, rows = 8;
+    for (int64_t first = 0; first < K; first += rows)
+        for (int64_t p = begin; p < end; p++)
+            for (int64_t k = first; k < least(K, first + rows); k++)
+                for (int v = 0; v < 2; v++) {
+                    const int64_t column = (2 * p + v) * L, left = n_columns - column;
+                    store(to + p * size + (k * 2 + v) * L,
+                          left > 0 ? load(W + k * n_columns + column, left) : vec_of<real>{});
+                }
 }
 
 // Calls stage.tile<ROWS>(row, panel, turn) with the number of rows as a constant.

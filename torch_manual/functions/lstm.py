@@ -20,7 +20,7 @@ from torch_manual.functions._autocast import autocast_cast, autocast_off
 from torch_manual.functions._function import PositionalFunction, keep_signature, one_node
 from torch_manual.functions.lstm_compiled import lstm_gradients_op
 from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
-from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
+from torch_manual.functions.lstm_gradients import Primal, Tensors, lstm_gradients
 from torch_manual.functions.lstm_recompute import LSTMRecomputeFunction
 from torch_manual.functions.lstm_second_order import (
     LSTMGradientFunction,
@@ -107,10 +107,16 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
         h_t and c_t, (B, H) each.
     """
     h, c = hx
-    if torch._C._is_any_autocast_enabled() or _needs_graph(x, h, c, *weights):
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or _transforms_are_active()
+    ):
         h, _, c_n = lstm_layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights])
         return h, c_n.squeeze(0)
     _check(x, h, c, [weights])
+    if _needs_graph(x, h, c, *weights):
+        return LSTMCellFunction.apply(x, h, c, *weights)
     return lstm_step(x, h, c, weights)
 
 
@@ -146,14 +152,7 @@ class LSTMFunction(PositionalFunction):
         if all(t is None for t in outer):
             return (None,) * len(ctx.needs_input_grad)
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
-        saved = ctx.saved_tensors
-        if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            gradients = lstm_gradients_op(needs, outer, Primal.of(saved))
-        elif torch.is_grad_enabled():
-            gradients = LSTMGradientFunction.apply(needs, *outer, *saved)
-        else:
-            gradients = lstm_gradients(needs, outer, Primal.of(saved), keep_dpre=False)
-        dx, dh0, dc0, _, _, *dweights = gradients
+        dx, dh0, dc0, *dweights = _gradients(needs, outer, ctx.saved_tensors)
         return dx, dh0, dc0, None, *dweights
 
     @staticmethod
@@ -185,6 +184,47 @@ class LSTMFunction(PositionalFunction):
         ), (1, 2, 2, 2, 2)
 
 
+class LSTMCellFunction(PositionalFunction):
+    """(x, h, c, weights) → (h', c'): one step, without transforms.
+
+    `LSTMFunction` would do, but the views around it take as long as a small step itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, _, c_n, gates, cells = lstm_forward(
+            x, h.unsqueeze(0), c.unsqueeze(0), None, weights, True
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h, c, gates, cells, *weights)
+        return y, c_n.squeeze_(0)  # no view: views out of a Function cannot be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dh is None and dc is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, h, c, *rest = ctx.saved_tensors
+        y = h  # of its shape: no step comes after that would look at y
+        saved = x, h.unsqueeze(0), c.unsqueeze(0), None, y, *rest
+        outer = dh, None, None if dc is None else dc.unsqueeze(0), None
+        dx, dh0, dc0, *dweights = _gradients(ctx.needs_input_grad, outer, saved)
+        dh0, dc0 = (None if t is None else t.squeeze(0) for t in (dh0, dc0))
+        return dx, dh0, dc0, *dweights
+
+
+def _gradients(needs: Sequence[bool], outer: Tensors, saved: Tensors) -> tuple[Tensor | None, ...]:
+    """dx, dh0, dc0 and the weights' gradients, in a form that can be differentiated if asked to."""
+    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        gradients = lstm_gradients_op(needs, outer, Primal.of(saved))
+    elif torch.is_grad_enabled():
+        gradients = LSTMGradientFunction.apply(needs, *outer, *saved)
+    else:
+        gradients = lstm_gradients(needs, outer, Primal.of(saved), keep_dpre=False)
+    return *gradients[:3], *gradients[5:]
+
+
 @one_node
 def _apply(*args: Any) -> tuple[Tensor, ...]:
     return LSTMFunction.apply(*args)
@@ -192,11 +232,15 @@ def _apply(*args: Any) -> tuple[Tensor, ...]:
 
 def _needs_graph(*tensors: Tensor | None) -> bool:
     """Whether what backward, forward mode or a transform of torch.func needs must be kept."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _transforms_are_active():
         return True
     if not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _transforms_are_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _check(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:

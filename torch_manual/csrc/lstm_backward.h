@@ -175,16 +175,11 @@ struct Backward {
         from += row * stride_dpre;
         if (P - panel * 2 * L > L)
             return product<false>(sum, from, stride_dpre, weight, step, 4 * H, asked);  // B9, R17
-        ask_urgent(asked);
+        asked.ask_urgent();
         vec first[ROWS][1] = {};
         add_product(first, from, stride_dpre, weight, step, 4 * H);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) sum[r][0] = first[r][0];
-    }
-
-    // What of `hh` the next tiles will read.
-    Lines ahead(const Turn& turn) const {
-        return packed(0) ? turn.ahead(hh, 4 * H * 2 * L) : Lines{};
     }
 
     template <int ROWS>
@@ -209,12 +204,14 @@ struct Backward {
         const Backward* self;
         const Step* step;
 
+        Lines ahead(int64_t) const { return {}; }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel, const Turn& turn) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Lines&) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             if (step->product)
-                f.recurrent(sum, step->dpre_next, row, panel, f.ahead(turn));
+                f.recurrent(sum, step->dpre_next, row, panel);
             else
                 clear(sum);
             for (int r = 0; r < ROWS; r++)
@@ -233,17 +230,22 @@ struct Backward {
         const Backward* self;
         const Step* step;
 
+        Lines ahead(int64_t pair) const {
+            if (!self->packed(0)) return {};
+            return Lines::of_panel(self->hh, 4 * self->H * 2 * L, pair);
+        }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t pair, const Turn& turn) const {
+        NOINLINE void tile(int64_t row, int64_t pair, const Lines& ahead) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             Wanted<ROWS * most_wanted> wanted;
             for (int r = 0; r < ROWS; r++) f.want(wanted, *step, row + r, pair * 2 * L);
-            wanted.lines = f.ahead(turn);
+            wanted.ahead = ahead;
             if (!f.w.weight_hr && step->product) {
                 f.recurrent(sum, step->dpre_next, row, pair, wanted);
             } else {
-                ask_urgent(wanted);
+                wanted.ask_urgent();
                 clear(sum);
                 if (f.w.weight_hr)  // B2
                     add_product(sum, f.dh + row * f.stride_dh, f.stride_dh,
@@ -344,8 +346,10 @@ struct Backward {
         const Backward* self;
         const Step* step;
 
+        Lines ahead(int64_t) const { return {}; }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t pair, const Turn&) const {
+        NOINLINE void tile(int64_t row, int64_t pair, const Lines&) const {
             const Backward& f = *self;
             vec sum[ROWS][2];
             clear(sum);
@@ -372,8 +376,10 @@ struct Backward {
         const Step* step;
         bool cell;
 
+        Lines ahead(int64_t) const { return {}; }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel, const Turn&) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Lines&) const {
             const Backward& f = *self;
             const int64_t n = cell ? f.H : f.P;
             vec sum[ROWS][2] = {};

@@ -98,8 +98,10 @@ struct Dual : Forward<real> {
         const Dual* self;
         const DualStep* step;
 
+        Lines ahead(int64_t) const { return {}; }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel, const Turn& turn) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Lines&) const {
             const Dual& f = *self;
             const int64_t u = panel * L, lanes = f.H - u;
             const real* const h_prev = step->h_prev + row * f.stride_h;
@@ -108,18 +110,14 @@ struct Dual : Forward<real> {
             clear(sum), clear(tsum);
             if (f.fused) {
                 const real *const x = step->x + row * f.I, *const ih = f.ih + panel * f.I * 4 * L;
-                f.set_input(sum, x, panel, turn);
-                if (step->tx) f.template gate_product<true>(tsum, step->tx + row * f.I, f.I, ih, f.I, {});
+                f.set_input(sum, x, panel);
+                if (step->tx) f.template gate_product<true>(tsum, step->tx + row * f.I, f.I, ih, f.I);
                 if (f.tw.weight_ih)
-                    f.template gate_product<true>(tsum, x, f.I, f.tih + panel * f.I * 4 * L, f.I,
-                                                  turn.ahead(f.tih, f.I * 4 * L));
+                    f.template gate_product<true>(tsum, x, f.I, f.tih + panel * f.I * 4 * L, f.I);
             }
-            f.template gate_product<true>(sum, h_prev, f.stride_h, hh, f.P,
-                                          turn.ahead(f.hh, f.P * 4 * L));
-            f.template gate_product<true>(tsum, step->th_prev + row * f.stride_h, f.stride_h, hh, f.P, {});
-            if (f.tw.weight_hh)
-                f.template gate_product<true>(tsum, h_prev, f.stride_h, thh, f.P,
-                                              turn.ahead(f.thh, f.P * 4 * L));
+            f.template gate_product<true>(sum, h_prev, f.stride_h, hh, f.P);
+            f.template gate_product<true>(tsum, step->th_prev + row * f.stride_h, f.stride_h, hh, f.P);
+            if (f.tw.weight_hh) f.template gate_product<true>(tsum, h_prev, f.stride_h, thh, f.P);
             for (int r = 0; r < ROWS; r++) {
                 const int64_t at = (row + r) * f.stride_pre + u;
                 for (int g = 0; g < 4; g++) {

@@ -136,11 +136,11 @@ struct Forward {
 
     // sum[r][g] = or, with `add`, += Σ_k a[r][k] · panel[k][g]: so many gates at a time that their sums
     // stay in registers.
-    template <bool add, int MOST_SETS = 4, int ROWS>
+    template <bool add, int MOST_SETS = 4, int ROWS, typename Asked = Nothing>
     static INLINE void gate_product(vec (&sum)[ROWS][4], const real* a, int64_t stride_a,
-                                    const real* panel, int64_t K, const Lines& ahead) {
+                                    const real* panel, int64_t K, const Asked& asked = {}) {
         constexpr int G = gates_at_once;
-        if constexpr (G == 4) return product<add, MOST_SETS>(sum, a, stride_a, panel, 4 * L, K, ahead);
+        if constexpr (G == 4) return product<add, MOST_SETS>(sum, a, stride_a, panel, 4 * L, K, asked);
 #pragma GCC unroll 1
         for (int first = 0; first < 4; first += G, panel += K * G * L) {
             vec part[ROWS][G];
@@ -148,7 +148,7 @@ struct Forward {
             for (int r = 0; r < ROWS && add; r++)
 #pragma GCC unroll 4
                 for (int g = 0; g < G; g++) part[r][g] = sum[r][first + g];
-            product<add, MOST_SETS>(part, a, stride_a, panel, G * L, K, ahead.part(first / G, 4 / G));
+            product<add, MOST_SETS>(part, a, stride_a, panel, G * L, K, asked.part(first / G, 4 / G));
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -341,8 +341,10 @@ struct Forward {
         bool add;
         real* pre;
 
+        Lines ahead(int64_t panel) const { return Lines::of_panel(weight, self->I * 4 * L, panel); }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel, const Turn& turn) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Lines& ahead) const {
             const Forward& f = *self;
             vec sum[ROWS][4];
             if (tangent)  // then `pre` is memory not seen for long
@@ -351,7 +353,7 @@ struct Forward {
                         __builtin_prefetch(pre + (row + r) * f.stride_pre + g * f.H + panel * L, 1);
             // A single row is summed as many are: how many stand here together is chance.
             gate_product<false, 1>(sum, x + row * f.I, f.I, weight + panel * f.I * 4 * L, f.I,
-                                   turn.ahead(weight, f.I * 4 * L));
+                                   ahead);
             for (int r = 0; r < ROWS; r++)
                 for (int g = 0; g < 4; g++) {
                     vec b = bias ? load(bias + (g * f.panels + panel) * L) : vec{};
@@ -364,8 +366,8 @@ struct Forward {
 
     // The same, to the bit, where it is fused: x Wᵀ + b of a tile's rows.
     template <int ROWS>
-    INLINE void set_input(vec (&sum)[ROWS][4], const real* x, int64_t panel, const Turn& turn) const {
-        gate_product<false, 1>(sum, x, I, ih + panel * I * 4 * L, I, turn.ahead(ih, I * 4 * L));
+    INLINE void set_input(vec (&sum)[ROWS][4], const real* x, int64_t panel) const {
+        gate_product<false, 1>(sum, x, I, ih + panel * I * 4 * L, I);
 #pragma GCC unroll 4
         for (int g = 0; g < 4; g++) {
             const vec b = load(bias + (g * panels + panel) * L);
@@ -379,16 +381,17 @@ struct Forward {
         const Forward* self;
         const Step* step;
 
+        Lines ahead(int64_t panel) const { return Lines::of_panel(self->hh, self->P * 4 * L, panel); }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel, const Turn& turn) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Lines& ahead) const {
             const Forward& f = *self;
             const int64_t u = panel * L, lanes = f.H - u;
             vec sum[ROWS][4];
             for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
             const real *h_prev = step->h_prev + row * f.stride_h, *hh = f.hh + panel * f.P * 4 * L;
-            const Lines ahead = turn.ahead(f.hh, f.P * 4 * L);
             if (!tangent && f.fused) {
-                f.set_input(sum, step->x + row * f.I, panel, turn);
+                f.set_input(sum, step->x + row * f.I, panel);
                 gate_product<true>(sum, h_prev, f.stride_h, hh, f.P, ahead);  // F1
             } else {
                 gate_product<false>(sum, h_prev, f.stride_h, hh, f.P, ahead);
@@ -416,8 +419,10 @@ struct Forward {
         const Forward* self;
         const Step* step;
 
+        Lines ahead(int64_t) const { return {}; }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel, const Turn&) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Lines&) const {
             const Forward& f = *self;
             real pre[ROWS][4][L] = {};
             for (int64_t u = panel * L; u < least(f.H, (panel + 1) * L); u++) {
@@ -519,8 +524,10 @@ struct Forward {
         const Forward* self;
         const Step* step;
 
+        Lines ahead(int64_t) const { return {}; }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t pair, const Turn&) const {
+        NOINLINE void tile(int64_t row, int64_t pair, const Lines&) const {
             const Forward& f = *self;
             vec sum[ROWS][2];
             clear(sum);
@@ -542,8 +549,10 @@ struct Forward {
         const Forward* self;
         const Step* step;
 
+        Lines ahead(int64_t) const { return {}; }
+
         template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel, const Turn&) const {
+        NOINLINE void tile(int64_t row, int64_t panel, const Lines&) const {
             const Forward& f = *self;
             vec sum[ROWS][2];
             clear(sum);

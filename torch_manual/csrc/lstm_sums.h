@@ -94,23 +94,27 @@ struct InputSums {
         real* dx;
         bool add;
 
-        template <int ROWS>
-        NOINLINE void tile(int64_t row, int64_t panel, const Turn& turn) const {
-            if (self->args->I - panel * 2 * L > L)
-                columns<ROWS, 2>(row, panel, turn);
-            else
-                columns<ROWS, 1>(row, panel, turn);
+        Lines ahead(int64_t panel) const {
+            if (!self->packed(0)) return {};
+            return Lines::of_panel(self->packed_weight[d], self->args->K * 2 * L, panel);
         }
 
-        template <int ROWS, int VECS>
-        INLINE void columns(int64_t row, int64_t panel, const Turn& turn) const {
+        template <int ROWS>
+        NOINLINE void tile(int64_t row, int64_t panel, const Lines& ahead) const {
+            if (self->args->I - panel * 2 * L > L)
+                columns<ROWS, 2>(row, panel, ahead);
+            else
+                columns<ROWS, 1>(row, panel, Nothing());
+        }
+
+        template <int ROWS, int VECS, typename Asked>
+        INLINE void columns(int64_t row, int64_t panel, const Asked& asked) const {
             const auto& a = *self->args;
             const bool whole = self->packed(panel);
             const real* weight = whole ? self->packed_weight[d] + panel * a.K * 2 * L
                                        : a.weight_ih[d] + panel * 2 * L;
             vec sum[ROWS][VECS];
-            product<false>(sum, dpre + row * a.K, a.K, weight, whole ? 2 * L : a.I, a.K,
-                           whole ? turn.ahead(self->packed_weight[d], a.K * 2 * L) : Lines{});  // B10
+            product<false>(sum, dpre + row * a.K, a.K, weight, whole ? 2 * L : a.I, a.K, asked);  // B10
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < VECS; v++) {
                     const int64_t i = (2 * panel + v) * L;

@@ -44,59 +44,48 @@ INLINE void clear(vec (&sum)[ROWS][VECS]) {
         for (int v = 0; v < VECS; v++) sum[r][v] = vec{};
 }
 
-// What to prefetch while a product is computed, a cache line at a time: all at once would be more than
-// can be on its way. `urgent()` come first, and all of them are asked for; of the others, as many as
-// the product has time for.
-struct Nothing {
-    static constexpr int64_t urgent() { return 0; }
-    static constexpr int64_t count() { return 0; }
-    const void* operator[](int64_t) const { return nullptr; }
-};
-
+// Cache lines in a row, of 64 bytes, to prefetch one at a time while a product is computed: all at
+// once would be more than can be on its way. Those that the product has no time for are left out.
 struct Lines {
+    static constexpr int64_t near = 1 << 14;  // so many stay in caches near the core
+
     const char* first = nullptr;
     int64_t n = 0;
 
-    static constexpr int64_t urgent() { return 0; }
-    int64_t count() const { return n; }
-    const void* operator[](int64_t k) const { return first + k * 64; }
-    Lines part(int64_t index, int64_t of) const {
-        return {first + n * index / of * 64, n * (index + 1) / of - n * index / of};
+    // Those of one of `panels`, of `size` numbers each.
+    template <typename real>
+    static Lines of_panel(const real* panels, int64_t size, int64_t panel) {
+        return {(const char*)(panels + panel * size), size * (int64_t)sizeof(real) / 64};
     }
+    Lines part(int64_t index, int64_t of) const {
+        if (n == 0) return {};
+        const int64_t begin = n * index / of, end = n * (index + 1) / of;
+        return {first + begin * 64, end - begin};
+    }
+    Lines lines() const { return *this; }
 };
 
+struct Nothing {
+    Nothing part(int64_t, int64_t) const { return {}; }
+    void ask_urgent() const {}
+};
+
+// Addresses to prefetch in the same way, all of them, and lines after them.
 template <int MOST>
 struct Wanted {
     const void* address[MOST];
     int64_t n = 0;
-    Lines lines;
+    Lines ahead;
 
     INLINE void add(const void* p) { address[n++] = p; }
-    int64_t urgent() const { return n; }
-    int64_t count() const { return n + lines.count(); }
-    const void* operator[](int64_t k) const { return k < n ? address[k] : lines[k - n]; }
+    Lines lines() const { return ahead; }
+    void ask_urgent() const {
+        for (int64_t k = 0; k < n; k++) __builtin_prefetch(address[k]);
+    }
 };
 
 template <typename Asked>
-INLINE void ask_urgent(const Asked& asked) {
-    for (int64_t k = 0; k < asked.urgent(); k++) __builtin_prefetch(asked[k]);
-}
-
-// The place of a tile among the `of` tiles of a panel, one of `n_panels`, after which panel `next`
-// comes.
-struct Turn {
-    static constexpr int64_t near = 1 << 20;  // bytes: so much stays in caches near the core
-
-    int64_t n_panels, next, index, of;
-
-    // This tile's share of the next one of `panels` of `size` numbers.
-    template <typename real>
-    Lines ahead(const real* panels, int64_t size) const {
-        const int64_t bytes = size * (int64_t)sizeof(real);
-        if (n_panels * bytes <= near) return {};
-        return Lines{(const char*)(panels + next * size), bytes / 64}.part(index, of);
-    }
-};
+constexpr bool has_addresses = !std::is_same_v<Asked, Lines> && !std::is_same_v<Asked, Nothing>;
 
 // sum[r][v] = or, with `add`, += Σ_k a[r][k] · panel[k][v], the panel's vectors for k + 1 lying
 // `step` after those for k. Few rows are summed in several sets, so that additions need not wait for
@@ -108,9 +97,9 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
     constexpr int FEW = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
     constexpr int SETS = FEW < MOST_SETS ? FEW : MOST_SETS;
     if (!add && K <= 0) clear(sum);
-    int64_t next = 0;
-    for (; K < 2 * SETS * (asked.urgent() - next); next++) __builtin_prefetch(asked[next]);
-    const bool hurried = asked.urgent() > 0 && K < 4 * SETS * (asked.count() - next);
+    int64_t next = 0, next_line = 0;
+    if constexpr (has_addresses<Asked>)  // too many for so few terms
+        for (; K < 2 * SETS * (asked.n - next); next++) __builtin_prefetch(asked.address[next]);
     for (int64_t start = 0; start < K; start += longest_sum) {
         const int64_t end = least(K, start + longest_sum);
         // Keeps `sum` in memory meanwhile: with it the compiler would run out of registers.
@@ -127,18 +116,18 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                         part[s][r][v] +=
                             a[r * stride_a + k + s] * load(panel + (k + s) * step + v * L);
         };
-        const auto add_asking = [&](auto each) ALWAYS_INLINE {
-            constexpr int EACH = decltype(each)::value;  // so many terms for a line
-            for (; next < asked.count() && k + EACH * SETS <= end; next++) {
-                __builtin_prefetch(asked[next]);
-#pragma GCC unroll 4
-                for (int e = 0; e < EACH; e++) add_terms(), k += SETS;
+        if constexpr (has_addresses<Asked>)
+            for (; next < asked.n && k + 2 * SETS <= end; next++) {
+                __builtin_prefetch(asked.address[next]);
+                add_terms(), k += SETS;
+                add_terms(), k += SETS;
             }
-        };
-        if (hurried)
-            add_asking(std::integral_constant<int, 2>());
-        else
-            add_asking(std::integral_constant<int, 4>());
+        if constexpr (!std::is_same_v<Asked, Nothing> && FEW == 1)  // fewer rows gain nothing
+            for (; next_line < asked.lines().n && k + 2 * SETS <= end; next_line++) {
+                __builtin_prefetch(asked.lines().first + next_line * 64);
+                add_terms(), k += SETS;
+                add_terms(), k += SETS;
+            }
         for (; k + SETS <= end; k += SETS) add_terms();
         for (; k < end; k++)
 #pragma GCC unroll 12
@@ -219,25 +208,28 @@ void pack_columns(real* to, int64_t size, const real* W, int64_t begin, int64_t 
                 }
 }
 
-// Calls stage.tile<ROWS>(row, panel, turn) with the number of rows as a constant.
+// Calls stage.tile<ROWS>(row, panel, ahead) with the number of rows as a constant.
 template <int ROWS, typename Stage>
-INLINE void call_tile(const Stage& stage, int64_t n_rows, int64_t row, int64_t panel, const Turn& turn) {
+INLINE void call_tile(const Stage& stage, int64_t n_rows, int64_t row, int64_t panel,
+                      const Lines& ahead) {
     if constexpr (ROWS > 1)
-        if (n_rows != ROWS) return call_tile<ROWS - 1>(stage, n_rows, row, panel, turn);
-    stage.template tile<ROWS>(row, panel, turn);
+        if (n_rows != ROWS) return call_tile<ROWS - 1>(stage, n_rows, row, panel, ahead);
+    stage.template tile<ROWS>(row, panel, ahead);
 }
 
-// Covers rows [first, end) and panels [panel, end_panel) with tiles of at most Stage::max_rows rows.
+// Covers rows [first, end) and panels [first_panel, end_panel) with tiles of at most Stage::max_rows
+// rows. Meanwhile they prefetch the next panel, stage.ahead(), if there are too many to stay near.
 template <typename Stage>
 void cover(const Stage& stage, int64_t first, int64_t end, int64_t first_panel, int64_t end_panel) {
     const int64_t n = end - first, blocks = (n + Stage::max_rows - 1) / Stage::max_rows;
-    for (int64_t panel = first_panel; panel < end_panel; panel++)
+    for (int64_t panel = first_panel; panel < end_panel; panel++) {
+        Lines ahead = stage.ahead(panel + 1 < end_panel ? panel + 1 : first_panel);
+        if (ahead.n * (end_panel - first_panel) <= Lines::near) ahead = {};
         for (int64_t k = 0; k < blocks; k++) {
             const int64_t row = first + n * k / blocks, rows = first + n * (k + 1) / blocks - row;
-            const int64_t next = panel + 1 < end_panel ? panel + 1 : first_panel;
-            const Turn turn = {end_panel - first_panel, next, k, blocks};
-            call_tile<Stage::max_rows>(stage, rows, row, panel, turn);
+            call_tile<Stage::max_rows>(stage, rows, row, panel, ahead.part(k, blocks));
         }
+    }
 }
 
 }  // namespace

@@ -74,6 +74,18 @@ def test_long_sums_and_many_chunks(instruction_set):
             assert torch.equal(inferred[0], ours[0][0])
 
 
+@pytest.mark.parametrize("sizes", [(3, 14, 521, 263), (1, 20, 30, 363), (1, 70, 5, 17)], ids=str)
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_agrees_where_weights_outgrow_the_caches_or_one_step_packs_them(instruction_set, sizes):
+    """The next panel is prefetched above 1 MiB; a single step packs W_hh for many sequences."""
+    p = problem(*sizes)
+    forward, backward = plain(p)
+    for grid in (Grid(), Grid(1, 1, 2)):
+        with cpu.override(instruction_set=instruction_set, grid=grid, unpacked=False):
+            ours = compiled(p, forward[3:])
+        assert (error([*ours[0], *ours[1]], [*forward, *backward]) < 1e-11).all(), grid
+
+
 @pytest.mark.parametrize("given", range(16))
 def test_any_gradient_from_outside_may_be_missing(given):
     p = problem(4, 3, 2, 5, D=2, packed=True)

@@ -21,6 +21,7 @@ SIZES = (
     (129, 17, 64, 7),
     (300, 100, 33, 100),
 )
+LARGE_WEIGHT = (30, 263, 521, 5)  # whose next panel is prefetched
 
 
 def draw(*shapes, dtype=torch.float64):
@@ -43,7 +44,7 @@ def test_weight_sums(instruction_set):
 
 @pytest.mark.parametrize("instruction_set", BUILT)
 def test_input_sums(instruction_set):
-    for (N, H, I, _), D in itertools.product(SIZES, (1, 2)):
+    for (N, H, I, _), D in itertools.product((*SIZES, LARGE_WEIGHT), (1, 2)):
         dpre, weights = draw((D, N, 4 * H), (D, 4 * H, I))
         right = lstm_sums._input_sums(dpre, weights)
         for grid in THREADS:

@@ -14,7 +14,7 @@ KINDS = {
     "diagonal": (torch_manual.PeepholeLSTMCell, {"peephole": "diagonal"}),
     "full": (torch_manual.PeepholeLSTMCell, {"peephole": "full"}),
 }
-T, B, I, H = 3, 2, 5, 7
+T, B, I, H = 3, 2, 3, 4
 
 
 def chain(step, x, h, c):

@@ -175,7 +175,7 @@ struct Backward {
         from += row * stride_dpre;
         if (P - panel * 2 * L > L)
             return product<false>(sum, from, stride_dpre, weight, step, 4 * H, asked);  // B9, R17
-        asked.ask_urgent();
+        asked.ask();
         vec first[ROWS][1] = {};
         add_product(first, from, stride_dpre, weight, step, 4 * H);
 #pragma GCC unroll 12
@@ -231,7 +231,7 @@ struct Backward {
         const Step* step;
 
         Lines ahead(int64_t pair) const {
-            if (!self->packed(0)) return {};
+            if (self->w.weight_hr || !self->packed(0)) return {};
             return Lines::of_panel(self->hh, 4 * self->H * 2 * L, pair);
         }
 
@@ -245,7 +245,7 @@ struct Backward {
             if (!f.w.weight_hr && step->product) {
                 f.recurrent(sum, step->dpre_next, row, pair, wanted);
             } else {
-                wanted.ask_urgent();
+                wanted.ask();
                 clear(sum);
                 if (f.w.weight_hr)  // B2
                     add_product(sum, f.dh + row * f.stride_dh, f.stride_dh,

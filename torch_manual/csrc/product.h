@@ -67,7 +67,7 @@ struct Lines {
 
 struct Nothing {
     Nothing part(int64_t, int64_t) const { return {}; }
-    void ask_urgent() const {}
+    void ask() const {}
 };
 
 // Addresses to prefetch in the same way, all of them, and lines after them.
@@ -79,7 +79,7 @@ struct Wanted {
 
     INLINE void add(const void* p) { address[n++] = p; }
     Lines lines() const { return ahead; }
-    void ask_urgent() const {
+    void ask() const {
         for (int64_t k = 0; k < n; k++) __builtin_prefetch(address[k]);
     }
 };
@@ -116,18 +116,16 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                         part[s][r][v] +=
                             a[r * stride_a + k + s] * load(panel + (k + s) * step + v * L);
         };
+        [[maybe_unused]] const auto ask_and_add = [&](const void* address) ALWAYS_INLINE {
+            __builtin_prefetch(address);
+            add_terms(), k += SETS;
+            add_terms(), k += SETS;
+        };
         if constexpr (has_addresses<Asked>)
-            for (; next < asked.n && k + 2 * SETS <= end; next++) {
-                __builtin_prefetch(asked.address[next]);
-                add_terms(), k += SETS;
-                add_terms(), k += SETS;
-            }
-        if constexpr (!std::is_same_v<Asked, Nothing> && FEW == 1)  // fewer rows gain nothing
-            for (; next_line < asked.lines().n && k + 2 * SETS <= end; next_line++) {
-                __builtin_prefetch(asked.lines().first + next_line * 64);
-                add_terms(), k += SETS;
-                add_terms(), k += SETS;
-            }
+            for (; next < asked.n && k + 2 * SETS <= end; next++) ask_and_add(asked.address[next]);
+        if constexpr (!std::is_same_v<Asked, Nothing> && FEW == 1)  // else much code for little
+            for (; next_line < asked.lines().n && k + 2 * SETS <= end; next_line++)
+                ask_and_add(asked.lines().first + next_line * 64);
         for (; k + SETS <= end; k += SETS) add_terms();
         for (; k < end; k++)
 #pragma GCC unroll 12

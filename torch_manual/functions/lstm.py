@@ -148,11 +148,8 @@ class LSTMFunction(PositionalFunction):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
-        outer = outer[:4]
-        if all(t is None for t in outer):
-            return (None,) * len(ctx.needs_input_grad)
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
-        dx, dh0, dc0, *dweights = _gradients(needs, outer, ctx.saved_tensors)
+        dx, dh0, dc0, *dweights = _gradients(needs, outer[:4], ctx.saved_tensors)
         return dx, dh0, dc0, None, *dweights
 
     @staticmethod
@@ -187,7 +184,7 @@ class LSTMFunction(PositionalFunction):
 class LSTMCellFunction(PositionalFunction):
     """(x, h, c, weights) → (h', c'): one step, without transforms.
 
-    `LSTMFunction` would do, but the views around it take as long as a small step itself.
+    `LSTMFunction` would do, but for the time that the views around it and their nodes take.
     """
 
     @staticmethod
@@ -203,8 +200,6 @@ class LSTMCellFunction(PositionalFunction):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dh is None and dc is None:
-            return (None,) * len(ctx.needs_input_grad)
         x, h, c, *rest = ctx.saved_tensors
         y = h  # of its shape: no step comes after that would look at y
         saved = x, h.unsqueeze(0), c.unsqueeze(0), None, y, *rest
@@ -216,6 +211,8 @@ class LSTMCellFunction(PositionalFunction):
 
 def _gradients(needs: Sequence[bool], outer: Tensors, saved: Tensors) -> tuple[Tensor | None, ...]:
     """dx, dh0, dc0 and the weights' gradients, in a form that can be differentiated if asked to."""
+    if all(t is None for t in outer):
+        return (None,) * len(needs)
     if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         gradients = lstm_gradients_op(needs, outer, Primal.of(saved))
     elif torch.is_grad_enabled():

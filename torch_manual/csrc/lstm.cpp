@@ -1,5 +1,7 @@
 // The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return 0, or 1
 // when memory ran out.
+#include <unistd.h>
+
 #include "lstm_dual.h"
 #include "lstm_gradients.h"
 #include "lstm_tangent.h"
@@ -73,4 +75,13 @@ EXPORT const char* best_instruction_set() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
 #endif
     return "baseline";
+}
+
+// The size of a core's second-level cache in bytes, or 0 where the system does not tell.
+EXPORT int64_t second_level_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    return sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    return 0;
+#endif
 }

@@ -404,12 +404,16 @@ struct Forward {
                 for (int r = 0; r < ROWS; r++)
                     for (int g = 0; g < 2; g++) sum[r][g] += peep[r][g];
             }
+            vec c[ROWS];
             for (int r = 0; r < ROWS; r++) {
                 const real* pre = step->pre + (row + r) * f.stride_pre + u;
                 if (!f.fused)
                     for (int g = 0; g < 4; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1, R1
-                f.gate_math(*step, row + r, u, sum[r]);
+                c[r] = f.new_cell(*step, row + r, u, sum[r]);
             }
+            if (tangent || f.full()) return;
+            for (int r = 0; r < ROWS; r++)
+                f.output(*step, row + r, u, sum[r][3] + f.peep(f.w.weight_co, u, c[r]), c[r]);
         }
     };
 
@@ -424,8 +428,9 @@ struct Forward {
         template <int ROWS>
         NOINLINE void tile(int64_t row, int64_t panel, const Lines&) const {
             const Forward& f = *self;
+            const int64_t first = panel * L;
             real pre[ROWS][4][L] = {};
-            for (int64_t u = panel * L; u < least(f.H, (panel + 1) * L); u++) {
+            for (int64_t u = first; u < least(f.H, first + L); u++) {
                 vec sum[ROWS][4];
                 clear(sum);
                 add_dots(sum, step->x + row * f.I, f.I, f.w.weight_ih + u * f.I, f.H * f.I, f.I);
@@ -440,48 +445,49 @@ struct Forward {
                     for (int r = 0; r < ROWS; r++) sum[r][g] += peep[r][0];
                 }
                 for (int r = 0; r < ROWS; r++)
-                    for (int g = 0; g < 4; g++) pre[r][g][u - panel * L] = sum_lanes<real>(sum[r][g]);
+                    for (int g = 0; g < 4; g++) pre[r][g][u - first] = sum_lanes<real>(sum[r][g]);
             }
             for (int r = 0; r < ROWS; r++) {
                 vec sum[4];
                 for (int g = 0; g < 4; g++)
                     sum[g] = load(pre[r][g]) + load(f.bias + (g * f.panels + panel) * L);
-                f.gate_math(*step, row + r, panel * L, sum);
+                const vec c = f.new_cell(*step, row + r, first, sum);
+                if (!f.full())
+                    f.output(*step, row + r, first, sum[3] + f.peep(f.w.weight_co, first, c), c);
             }
         }
     };
 
-    // F2 to F7 for units u to u + L of sequence b. Full peepholes are in `pre` already, but for that
-    // of o, which needs all of the new c: then OutputGateTile goes on.
-    INLINE void gate_math(const Step& step, int64_t b, int64_t u, const vec (&pre)[4]) const {
-        if constexpr (tangent) return gate_tangents(step, b, u, pre);
+    // F2 to F5 for units u to u + L of sequence b; returns c. output() goes on in a loop of its own over
+    // the rows of a tile, so that rows overlap: in each, every term waits for the one before. Full
+    // peepholes are in `pre` already, but for that of o, which needs all of c: OutputGateTile goes on.
+    INLINE vec new_cell(const Step& step, int64_t b, int64_t u, const vec (&pre)[4]) const {
+        if constexpr (tangent) return gate_tangents(step, b, u, pre), vec{};
         const int64_t lanes = H - u;
-        const bool diagonal = !full();
-        auto peep = [&](const real* weight, vec c) {
-            return diagonal && weight ? c * load(weight + u, lanes) : vec{};
-        };
         const vec c_prev = load(step.c_prev + b * stride_c + u, lanes);
-        const Product ig = sigmoid_tanh(pre[0] + peep(w.weight_ci, c_prev), pre[2]);  // F2, F4
-        const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, c_prev));              // F3
-        const vec c_new = f * c_prev + ig.product;                                    // F5
-        store(step.c + b * stride_c + u, c_new, lanes);
+        const Product ig = sigmoid_tanh(pre[0] + peep(w.weight_ci, u, c_prev), pre[2]);  // F2, F4
+        const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, u, c_prev));              // F3
+        const vec c = f * c_prev + ig.product;                                           // F5
+        store(step.c + b * stride_c + u, c, lanes);
         if (step.gates) {
             real* gates = step.gates + b * 4 * H + u;
             store(gates, ig.sigmoid, lanes), store(gates + H, f, lanes);
             store(gates + 2 * H, ig.tanh, lanes);
-            store(step.cells + b * H + u, c_new, lanes);
+            store(step.cells + b * H + u, c, lanes);
         }
-        if (full())
-            store(step.pre + b * stride_pre + 3 * H + u, pre[3], lanes);
-        else
-            output(step, b, u, pre[3] + peep(w.weight_co, c_new), c_new);
+        if (full()) store(step.pre + b * stride_pre + 3 * H + u, pre[3], lanes);
+        return c;
     }
 
-    // o and m, from o's pre-activation and the new c.
-    INLINE void output(const Step& step, int64_t b, int64_t u, vec pre_o, vec c_new) const {
-        if constexpr (tangent) return output_tangent(step, b, u, pre_o, c_new);
+    INLINE vec peep(const real* weight, int64_t u, vec c) const {
+        return weight && !full() ? c * load(weight + u, H - u) : vec{};
+    }
+
+    // o and m, from all of o's pre-activation and the new c.
+    INLINE void output(const Step& step, int64_t b, int64_t u, vec pre_o, vec c) const {
+        if constexpr (tangent) return output_tangent(step, b, u, pre_o, c);
         const int64_t lanes = H - u;
-        const Product m_new = sigmoid_tanh(pre_o, c_new);  // F6, F7
+        const Product m_new = sigmoid_tanh(pre_o, c);  // F6, F7
         if (step.gates) store(step.gates + b * 4 * H + 3 * H + u, m_new.sigmoid, lanes);
         if (w.weight_hr) {
             store(m + b * stride_c + u, m_new.product, lanes);
@@ -504,7 +510,7 @@ struct Forward {
                 unless_closed<real>(product, x)};
     }
 
-    // Asks for memory not seen for long that gate_math() will read and write.
+    // Asks for memory not seen for long that the tile will read and write.
     INLINE void prefetch(const Step& step, int64_t b, int64_t u) const {
         if constexpr (tangent) return prefetch_of_tangent(step, b, u);
         if (!step.gates) return;

@@ -10,6 +10,7 @@ Shapes are those of torch_manual/kernels/lstm.py; csrc/lstm.h describes the stru
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -42,6 +43,7 @@ _FUNCTIONS = (
     "lstm_gradients",
     "multiply_add",
 )
+_LARGE_CACHE = 2 << 20  # the second level's of Intel's servers, whose third level is slow
 HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
@@ -178,7 +180,8 @@ def grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
     """The threads to use, by shape; `work` is the number of multiplications of one direction.
 
     Threads that share the sequences never wait for one another, but each reads all weights; those
-    that share the units wait at every step, and a step must be worth it.
+    that share the units wait at every step, and a step must be worth it. Where a second-level cache
+    is large, the third is slow: so many share the units that their weights stay in the second.
     """
     if _override.grid:
         return _override.grid
@@ -190,9 +193,24 @@ def grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
     if n == 1 or work < _WORTH_A_THREAD:
         return Grid(directions)
     if T > 1 and 4 * n <= B and H <= 256:
-        return Grid(directions, batches=n)
+        enough = _enough_units(4 * (work // (T * B)))
+        units = next((u for u in range(enough, n) if n % u == 0), n)
+        return Grid(directions, n // units, units)
     units = min(n, -(-H // 32), max(1, work // (T * 30_000)))
     return Grid(directions, units=units)
+
+
+def _enough_units(size: int) -> int:
+    """Into how many parts weights of `size` bytes are divided so that a core's cache holds one."""
+    cache = _second_level_cache()
+    return 1 if cache < _LARGE_CACHE else max(1, -(-size * 9 // (5 * cache)))
+
+
+@functools.cache
+def _second_level_cache() -> int:
+    query = ctypes.CDLL(str(_path("baseline"))).second_level_cache
+    query.restype = ctypes.c_int64
+    return query()
 
 
 def threads(work: int) -> int:

@@ -195,11 +195,12 @@ struct Part {
 
     // Covers sequences [first, end) of this part with the tiles of a stage of `n_panels` panels.
     template <typename Stage>
-    void cover(const Stage& stage, int64_t first, int64_t end, int64_t n_panels) const {
+    void cover(const Stage& stage, int64_t first, int64_t end, int64_t n_panels,
+               int64_t turn = 0) const {
         const int64_t from = first > sequences.begin ? first : sequences.begin;
         const Range panels = share(n_panels, unit, units);
         if (from < least(end, sequences.end))
-            ::cover(stage, from, least(end, sequences.end), panels.begin, panels.end);
+            ::cover(stage, from, least(end, sequences.end), panels.begin, panels.end, turn);
     }
 };
 

@@ -41,6 +41,7 @@ struct Backward {
         int64_t going_on;   // sequences from this one on begin (backwards) at this step, at dh_n
         int64_t has_prev;   // sequences from this one on had c0 before this step
         int64_t row, row_prev;  // the first row of this step and of the previous one, with direction
+        int64_t turn;       // the number of the step, in order of execution
         bool product;       // whether the tile's rows are sent anything by dpre_next
     };
 
@@ -120,6 +121,7 @@ struct Backward {
     Step step_at(int64_t t, int64_t s, int64_t prev) const {
         const int64_t N = rows.start(T), start = rows.start(t), row = direction * N + start;
         Step step = {};
+        step.turn = s;
         step.row = row, step.row_prev = rows.alive(prev) ? direction * N + rows.start(prev) : 0;
         step.dpre_next = dpre[~s & 1], step.dpre_kept = dpre[s & 1];
         if (args->dy) step.dy = args->dy + start * args->stride_dy + direction * P;
@@ -141,7 +143,7 @@ struct Backward {
     template <typename Tile>
     void cover_step(const Part& part, Step step, int64_t alive, int64_t n_panels) const {
         step.product = true;
-        part.cover(Tile{this, &step}, 0, least(step.going_on, alive), n_panels);
+        part.cover(Tile{this, &step}, 0, least(step.going_on, alive), n_panels, step.turn);
         step.product = false;
         part.cover(Tile{this, &step}, step.going_on, alive, n_panels);
     }

@@ -164,7 +164,7 @@ struct Forward {
     // Steps [low, high) of time, whose input parts are made at once: of all sequences, or of `mine`
     // alone. They lie from row `at` of a buffer on, where they are not kept.
     struct Chunk {
-        int64_t low, high, at;
+        int64_t low, high, at, turn;
         bool whole;
         Range mine;
     };
@@ -185,10 +185,10 @@ struct Forward {
                    int64_t last) const {
         const Range& mine = part.sequences;
         const bool whole = mine.end - mine.begin == B;
-        for (int64_t s = first, end; s < last; s = end) {
+        for (int64_t s = first, end, turn = 0; s < last; s = end, turn++) {
             end = chunk_end(s, last, mine, whole);
             const int64_t low = reverse ? T - end : s, high = reverse ? T - s : end;
-            const Chunk chunk = {low, high, mine.begin + batch * chunk_rows, whole, mine};
+            const Chunk chunk = {low, high, mine.begin + batch * chunk_rows, turn, whole, mine};
             pass.project(part, chunk);
             for (int64_t k = s; k < end; k++)
                 pass.run_step(part, chunk, reverse ? T - 1 - k : k, k);
@@ -273,7 +273,7 @@ struct Forward {
                 continue;
             }
             const Range mine = share(panels, part.unit, part.units);
-            cover(of, 0, rows.start(chunk.high) - rows.start(t), mine.begin, mine.end);
+            cover(of, 0, rows.start(chunk.high) - rows.start(t), mine.begin, mine.end, chunk.turn);
             return;
         }
     }
@@ -303,9 +303,9 @@ struct Forward {
         const Step step = step_at(t, s, input_rows(t, chunk, input_part));
         const int64_t alive = rows.alive(t);
         if constexpr (tangent)
-            part.cover(GateTile{this, &step}, 0, alive, panels);
+            part.cover(GateTile{this, &step}, 0, alive, panels, s);
         else if (packed())
-            part.cover(GateTile{this, &step}, 0, alive, panels);
+            part.cover(GateTile{this, &step}, 0, alive, panels, s);
         else
             part.cover(UnpackedTile{this, &step}, 0, alive, panels);
         part.barrier_wait();

@@ -82,8 +82,9 @@ struct InputSums {
                   bool add) const {
         const Range mine = share(rows.end - rows.begin, thread, threads);
         const Tile tile = {this, d, dpre, args->dx + rows.begin * args->I, add};
+        int64_t turn = 0;
         for (int64_t row = mine.begin; row < mine.end; row += chunk_rows)
-            cover(tile, row, least(row + chunk_rows, mine.end), 0, panels());
+            cover(tile, row, least(row + chunk_rows, mine.end), 0, panels(), turn++);
     }
 
     struct Tile {

@@ -216,13 +216,18 @@ INLINE void call_tile(const Stage& stage, int64_t n_rows, int64_t row, int64_t p
 }
 
 // Covers rows [first, end) and panels [first_panel, end_panel) with tiles of at most Stage::max_rows
-// rows. Meanwhile they prefetch the next panel, stage.ahead(), if there are too many to stay near.
+// rows, at every other turn from the last panel on: the one covered last is still near. Meanwhile
+// they prefetch the next panel, stage.ahead(), if there are too many to stay near.
 template <typename Stage>
-void cover(const Stage& stage, int64_t first, int64_t end, int64_t first_panel, int64_t end_panel) {
+void cover(const Stage& stage, int64_t first, int64_t end, int64_t first_panel, int64_t end_panel,
+           int64_t turn = 0) {
     const int64_t n = end - first, blocks = (n + Stage::max_rows - 1) / Stage::max_rows;
-    for (int64_t panel = first_panel; panel < end_panel; panel++) {
-        Lines ahead = stage.ahead(panel + 1 < end_panel ? panel + 1 : first_panel);
-        if (ahead.n * (end_panel - first_panel) <= Lines::near) ahead = {};
+    const int64_t n_panels = end_panel - first_panel;
+    for (int64_t p = 0; p < n_panels; p++) {
+        const int64_t panel = turn & 1 ? end_panel - 1 - p : first_panel + p;
+        Lines ahead = {};
+        if (p + 1 < n_panels) ahead = stage.ahead(turn & 1 ? panel - 1 : panel + 1);
+        if (ahead.n * n_panels <= Lines::near) ahead = {};
         for (int64_t k = 0; k < blocks; k++) {
             const int64_t row = first + n * k / blocks, rows = first + n * (k + 1) / blocks - row;
             call_tile<Stage::max_rows>(stage, rows, row, panel, ahead.part(k, blocks));

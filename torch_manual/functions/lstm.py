@@ -242,26 +242,33 @@ def _transforms_are_active() -> bool:
 
 def _check(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:
     I, P, H, dtype, device = x.shape[-1], h0.shape[-1], c0.shape[-1], x.dtype, x.device
+    on_cpu = x.is_cpu  # to compare this takes half the time
     for state in (h0, c0):
-        if state.dtype is not dtype or state.device != device:
+        if state.dtype is not dtype or not (state.is_cpu if on_cpu else state.device == device):
             _refuse(x, state, "hidden")
     for w in weights:
         full = w.weight_ci is not None and w.weight_ci.dim() == 2
         peephole = (H, H) if full else (H,)
         shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H), peephole, peephole, peephole
-        for k, t in enumerate(w):
+        for t, shape in zip(w, shapes, strict=False):
             if t is None:
                 continue
-            if t.shape != (shape := shapes[k]):
-                symbols = ("(4H, I)", "(4H, P)", "(4H,)", "(4H,)", "(P, H)", "(H, H)", "(H,)")
-                symbol = symbols[k if k < 5 else 5 if full else 6]
-                raise ValueError(
-                    f"lstm: {w._fields[k]} must be {symbol} = {shape}, got {tuple(t.shape)}"
-                )
-            if t.dtype is not dtype or t.device != device:
+            if t.shape != shape:
+                _refuse_shape(w, shapes, full)
+            if t.dtype is not dtype or not (t.is_cpu if on_cpu else t.device == device):
                 _refuse(x, t, "parameter")
         if w.weight_hr is None and P != H:
             raise ValueError(f"lstm: without weight_hr, h0 must be as wide as c0, {H}, got {P}")
+
+
+def _refuse_shape(w: LSTMWeights, shapes: Sequence[tuple[int, ...]], full: bool) -> NoReturn:
+    symbols = "(4H, I)", "(4H, P)", "(4H,)", "(4H,)", "(P, H)", *["(H, H)" if full else "(H,)"] * 3
+    name, symbol, shape, got = next(
+        (name, symbol, shape, tuple(t.shape))
+        for name, symbol, shape, t in zip(w._fields, symbols, shapes, w, strict=True)
+        if t is not None and t.shape != shape
+    )
+    raise ValueError(f"lstm: {name} must be {symbol} = {shape}, got {got}")
 
 
 def _refuse(x: Tensor, other: Tensor, kind: str) -> NoReturn:

@@ -176,12 +176,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
+def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> Grid:
     """The threads to use, by shape; `work` is the number of multiplications of one direction.
 
     Threads that share the sequences never wait for one another, but each reads all weights; those
-    that share the units wait at every step, and a step must be worth it. Where a second-level cache
-    is large, the third is slow: so many share the units that their weights stay in the second.
+    that share the units wait at every step, and a step must be worth it.
     """
     if _override.grid:
         return _override.grid
@@ -192,18 +191,28 @@ def grid(T: int, B: int, work: int, H: int, D: int) -> Grid:
     n //= directions
     if n == 1 or work < _WORTH_A_THREAD:
         return Grid(directions)
-    if T > 1 and 4 * n <= B and H <= 256:
-        enough = _enough_units(4 * (work // (T * B)))
-        units = next((u for u in range(enough, n) if n % u == 0), n)
-        return Grid(directions, n // units, units)
+    if T > 1 and 4 * n <= B:
+        least = _least_units(4 * (work // (T * B)), B // n, H, backward)
+        units = next((u for u in range(least, n) if n % u == 0), n)
+        if units < n:
+            return Grid(directions, n // units, units)
     units = min(n, -(-H // 32), max(1, work // (T * 30_000)))
     return Grid(directions, units=units)
 
 
-def _enough_units(size: int) -> int:
-    """Into how many parts weights of `size` bytes are divided so that a core's cache holds one."""
+def _least_units(size: int, rows: int, H: int, backward: bool) -> int:
+    """How many threads at least share the units; `size` is the weights', `rows` those of a thread.
+
+    Behind a large second-level cache the third is slow. So the weights that a thread reads at a
+    step should leave room in the second. The backward pass has more to hand from core to core, four
+    gates for every output: its weights may even come from the third for many rows.
+    """
     cache = _second_level_cache()
-    return 1 if cache < _LARGE_CACHE else max(1, -(-size * 9 // (5 * cache)))
+    if cache < _LARGE_CACHE:
+        return 1 if H <= 256 else sys.maxsize
+    if backward:
+        return 1 if H <= 512 and (size <= cache or rows >= 16) else sys.maxsize
+    return max(1, -(-size * 9 // (5 * cache))) if H <= 256 else sys.maxsize
 
 
 @functools.cache
@@ -299,16 +308,12 @@ def lstm_step(
         return h_n, c_n
     weights, pointers, full = in_c_order(weights)
     y = h_n.data_ptr()
-    call(
-        "lstm_forward",
-        x.dtype,
-        _forward_arguments(
-            *(1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0),
-            *(unpacked(1, B, H), 0, 0),
-            *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), 0, 0, 0),
-            *pointers,
-        ),
+    of_shape = 1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0
+    to = y, y, c_n.data_ptr(), 0, 0, 0
+    arguments = _forward_arguments(
+        *of_shape, unpacked(1, B, H), 0, 0, x.data_ptr(), h.data_ptr(), c.data_ptr(), *to, *pointers
     )
+    call("lstm_forward", x.dtype, arguments)
     return h_n, c_n
 
 
@@ -408,7 +413,7 @@ def lstm_backward(
         "lstm_backward",
         dtype,
         _backward_arguments(
-            *(T, B, 0, H, P, D, full, reverse, *grid(T, B, work, H, D), lengths),
+            *(T, B, 0, H, P, D, full, reverse, *grid(T, B, work, H, D, True), lengths),
             *(0 if dy is None else dy.data_ptr(), stride_dy),
             *(0 if t is None else t.data_ptr() for t in (dh_n, dc_n, dcells)),
             *(c0.data_ptr(), gates.data_ptr(), cells.data_ptr()),
@@ -480,11 +485,15 @@ def in_c_order(
     weights: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], tuple[int, ...], bool]:
     """The weights in C order, their addresses (of two directions), and if peepholes are full."""
+    addresses = []
     for w in weights:
-        if w is not None and not w.is_contiguous():
-            weights = [None if w is None else w.contiguous() for w in weights]
-            break
-    pointers = tuple([0 if w is None else w.data_ptr() for w in weights])
+        if w is None:
+            addresses.append(0)
+        elif w.is_contiguous():
+            addresses.append(w.data_ptr())
+        else:
+            return in_c_order([None if w is None else w.contiguous() for w in weights])
+    pointers = tuple(addresses)
     full = pointers[5:_WEIGHTS] != _NONE[5:] and _is_full(weights[5:_WEIGHTS])
     return weights, pointers if len(pointers) > _WEIGHTS else pointers + _NONE, full
 

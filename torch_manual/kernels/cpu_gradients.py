@@ -90,13 +90,13 @@ def lstm_gradients(
     weights, pointers, _ = cpu.in_c_order(weights)
     (N, I), (D, B, H) = x.shape, c0.shape
     T, lengths = cpu.steps(N, B, batch_sizes)
-    dx = cpu.empty(x, N, I) if needs[0] else None
+    dx = memory.empty(x, N, I) if needs[0] else None
     rows = chunk_rows(H, x.element_size())
     in_full = keep_dpre or (H > SMALL and not recompute)
     dpre = memory.empty(x, D, N, 4 * H) if in_full else None
     dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
     dweights = [
-        cpu.empty(x, *w.shape) if need and w is not None else None
+        memory.empty(x, *w.shape) if need and w is not None else None
         for w, need in zip(weights, needs[3:], strict=True)
     ]
     to_dweights = _addresses(dweights)
@@ -104,7 +104,7 @@ def lstm_gradients(
         "lstm_gradients",
         x.dtype,
         _arguments(
-            *(T, B, I, H, H, D, 0, False, *cpu.grid(T, B, N * 4 * H * H, H, D), lengths),
+            *(T, B, I, H, H, D, 0, False, *cpu.grid(T, B, N * 4 * H * H, H, D, True), lengths),
             *cpu.grid(T, B, N * 4 * H * (I + H), H, D),
             *(N, cpu.threads(N * 4 * H * (I + H)), cpu.unpacked(T, N, H), recompute, rows),
             *_addresses((x, h0, c0, y, gates, cells, c_kept, dy)),

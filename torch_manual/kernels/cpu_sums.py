@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu
+from torch_manual.kernels import cpu, memory
 
 DTYPES = (torch.float32, torch.float64)
 _input_sums_arguments = struct.Struct("10q").pack
@@ -24,7 +24,7 @@ _weight_sums_arguments = struct.Struct("18q").pack
 def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:
     dpre, weights_ih = ([t.contiguous() for t in ts] for ts in (dpre, weights_ih))
     (N, K), I, D = dpre[0].shape, weights_ih[0].shape[1], len(dpre)
-    dx = cpu.empty(dpre[0], N, I)
+    dx = memory.empty(dpre[0], N, I)
     addresses = [t.data_ptr() for ts in (dpre, weights_ih) for t in (ts[0], ts[-1])]
     threads = cpu.threads(N * K * I)  # of one direction, so that one alone gives the same bits
     cpu.call(
@@ -50,8 +50,8 @@ def lstm_weight_sums(
     for t in (x, h_prev):
         given.append(None if t is None else t.contiguous())
         widths.append(0 if t is None else t.shape[1])
-        results.append(dpre.new_empty(0) if t is None else cpu.empty(dpre, *apart, M, t.shape[1]))
-    results.append(cpu.empty(dpre, *apart, M) if bias else dpre.new_empty(0))
+        results.append(dpre.new_empty(0) if t is None else memory.empty(dpre, *apart, M, t.shape[1]))
+    results.append(memory.empty(dpre, *apart, M) if bias else dpre.new_empty(0))
     if N == 0:
         return tuple(t.zero_() for t in results)  # type: ignore[return-value]
     cpu.call(

@@ -27,7 +27,7 @@ struct Dual : Forward<real> {
     };
 
     void plan(Workspace& workspace, const DualArguments<real>& a, int64_t d, const Rows& r) {
-        Base::plan(workspace, a, d, r);
+        Base::plan(workspace, a, d, r, true);
         dual = &a, tw = a.tweights[d];
         tih = workspace.take<real>(tw.weight_ih ? panels * I * 4 * L : 0);
         thh = workspace.take<real>(tw.weight_hh ? panels * P * 4 * L : 0);
@@ -46,7 +46,10 @@ struct Dual : Forward<real> {
     void prepare(int64_t thread, int64_t threads) {
         Base::prepare(thread, threads);
         const Range mine = share(panels, thread, threads);
-        for (int64_t p = mine.begin; p < mine.end; p++) Base::pack_panel(p, tw, tih, thh, tbias);
+        for (int64_t p = mine.begin; p < mine.end; p++) {
+            Base::pack_panel(p, tw, tih + p * I * 4 * L, thh + p * P * 4 * L);
+            Base::pack_bias(p, tw, tbias);
+        }
         const Range sequences = share(B, thread, threads);
         for (int64_t b = sequences.begin; b < sequences.end; b++)
             for (int k = 0; k < 2; k++) {
@@ -110,7 +113,7 @@ struct Dual : Forward<real> {
             clear(sum), clear(tsum);
             if (f.fused) {
                 const real *const x = step->x + row * f.I, *const ih = f.ih + panel * f.I * 4 * L;
-                f.set_input(sum, x, panel);
+                f.set_input(sum, x, ih, panel);
                 if (step->tx) f.template gate_product<true>(tsum, step->tx + row * f.I, f.I, ih, f.I);
                 if (f.tw.weight_ih)
                     f.template gate_product<true>(tsum, x, f.I, f.tih + panel * f.I * 4 * L, f.I);

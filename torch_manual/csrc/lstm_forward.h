@@ -22,6 +22,7 @@ struct Forward {
     int64_t T, B, I, H, P, direction, reverse;
     int64_t panels, pairs, panels_p;  // of L units, of 2L units, of 2L outputs
     bool fused;  // the input part is not made beforehand, but in registers at its step
+    bool panel_by_panel;  // of a single step: each panel is packed just before its tiles read it
     Segments segments;
     real *gates, *cells;  // of this direction, from row `first_row` on, or null
     int64_t first_row;
@@ -48,7 +49,7 @@ struct Forward {
     bool full() const { return args->sizes.full_peepholes; }
     bool packed() const { return !args->unpacked; }
 
-    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r) {
+    void plan(Workspace& workspace, const Arguments& a, int64_t d, const Rows& r, bool dual = false) {
         args = &a, rows = r, w = a.weights[d];
         direction = d, reverse = d ^ a.sizes.reverse;
         const Sizes& s = a.sizes;
@@ -57,8 +58,11 @@ struct Forward {
         panels = (H + L - 1) / L, pairs = (H + 2 * L - 1) / (2 * L);
         panels_p = (P + 2 * L - 1) / (2 * L);
         stride_h = row_stride<real>(P), stride_c = row_stride<real>(H);
-        ih = workspace.take<real>(packed() ? panels * I * 4 * L : 0);
-        hh = workspace.take<real>(packed() ? panels * P * 4 * L : 0);
+        panel_by_panel =
+            T == 1 && packed() && !full() && !tangent && !dual && s.grid.batches == 1;
+        const int64_t kept_panels = panel_by_panel ? s.grid.units : packed() ? panels : 0;
+        ih = workspace.take<real>(kept_panels * I * 4 * L);
+        hh = workspace.take<real>(kept_panels * P * 4 * L);
         peep_if = workspace.take<real>(full() && packed() ? panels * H * 2 * L : 0);
         peep_o = workspace.take<real>(full() ? pairs * H * 2 * L : 0);
         hr = workspace.take<real>(w.weight_hr ? panels_p * H * 2 * L : 0);
@@ -69,7 +73,7 @@ struct Forward {
         }
         m = workspace.take<real>(w.weight_hr ? B * stride_c : 0);
         stride_pre = tangent ? 4 * H : row_stride<real>(4 * H);
-        fused = !tangent && packed() && !full() && pays_to_fuse(s);
+        fused = panel_by_panel || (!tangent && packed() && !full() && pays_to_fuse(s));
         const bool unused = tangent || fused || (!packed() && !full());
         const int64_t kept = unused ? 0 : B + s.grid.batches * chunk_rows;
         input_part = workspace.take<real>(kept * stride_pre);
@@ -94,7 +98,8 @@ struct Forward {
     void prepare(int64_t thread, int64_t threads) {
         const Range mine = share(panels, thread, threads);
         for (int64_t p = mine.begin; p < mine.end; p++) {
-            pack_panel(p, w, ih, hh, bias);
+            pack_bias(p, w, bias);
+            if (packed() && !panel_by_panel) pack_panel(p, w, ih + p * I * 4 * L, hh + p * P * 4 * L);
             if (full() && packed())
                 for (int v = 0; v < 2; v++)
                     pack_peephole(peep_if + p * H * 2 * L + v * L, v ? w.weight_cf : w.weight_ci, p);
@@ -115,13 +120,16 @@ struct Forward {
             }
     }
 
-    // Panel p of weights and bias, of what is given.
-    void pack_panel(int64_t p, const Weights<real>& from, real* ih, real* hh, real* bias) const {
+    // Panel p of the weights that are given.
+    void pack_panel(int64_t p, const Weights<real>& from, real* ih, real* hh) const {
         for (int g = 0; g < 4; g++) {
-            if (packed() && from.weight_ih)
-                pack_gate(ih + p * I * 4 * L, g, from.weight_ih + g * H * I, p, I);
-            if (packed() && from.weight_hh)
-                pack_gate(hh + p * P * 4 * L, g, from.weight_hh + g * H * P, p, P);
+            if (from.weight_ih) pack_gate(ih, g, from.weight_ih + g * H * I, p, I);
+            if (from.weight_hh) pack_gate(hh, g, from.weight_hh + g * H * P, p, P);
+        }
+    }
+
+    void pack_bias(int64_t p, const Weights<real>& from, real* bias) const {
+        for (int g = 0; g < 4; g++) {
             vec b = {};
             if (from.bias_ih) b += load(from.bias_ih + g * H + p * L, H - p * L);
             if (from.bias_hh) b += load(from.bias_hh + g * H + p * L, H - p * L);
@@ -303,9 +311,11 @@ struct Forward {
         const Step step = step_at(t, s, input_rows(t, chunk, input_part));
         const int64_t alive = rows.alive(t);
         if constexpr (tangent)
-            part.cover(GateTile{this, &step}, 0, alive, panels, s);
+            part.cover(GateTile{this, &step, ih, hh, 0}, 0, alive, panels, s);
+        else if (panel_by_panel)
+            pack_and_cover(part, step, alive);
         else if (packed())
-            part.cover(GateTile{this, &step}, 0, alive, panels, s);
+            part.cover(GateTile{this, &step, ih, hh, 0}, 0, alive, panels, s);
         else
             part.cover(UnpackedTile{this, &step}, 0, alive, panels);
         part.barrier_wait();
@@ -316,6 +326,17 @@ struct Forward {
         if (w.weight_hr) {
             part.cover(ProjectionTile{this, &step}, 0, alive, panels_p);
             part.barrier_wait();
+        }
+    }
+
+    // The only step: every panel is packed into one place, and stays near while its tiles read it.
+    void pack_and_cover(const Part& part, const Step& step, int64_t alive) const {
+        const Range mine = share(panels, part.unit, part.units);
+        real *const my_ih = ih + part.unit * I * 4 * L, *const my_hh = hh + part.unit * P * 4 * L;
+        for (int64_t p = mine.begin; p < mine.end; p++) {
+            pack_panel(p, w, my_ih, my_hh);
+            const GateTile tile = {this, &step, my_ih, my_hh, p};
+            cover(tile, part.sequences.begin, least(alive, part.sequences.end), p, p + 1);
         }
     }
 
@@ -366,8 +387,9 @@ struct Forward {
 
     // The same, to the bit, where it is fused: x Wᵀ + b of a tile's rows.
     template <int ROWS>
-    INLINE void set_input(vec (&sum)[ROWS][4], const real* x, int64_t panel) const {
-        gate_product<false, 1>(sum, x, I, ih + panel * I * 4 * L, I);
+    INLINE void set_input(vec (&sum)[ROWS][4], const real* x, const real* ih_panel,
+                          int64_t panel) const {
+        gate_product<false, 1>(sum, x, I, ih_panel, I);
 #pragma GCC unroll 4
         for (int g = 0; g < 4; g++) {
             const vec b = load(bias + (g * panels + panel) * L);
@@ -380,8 +402,12 @@ struct Forward {
         static constexpr int max_rows = gate_rows;
         const Forward* self;
         const Step* step;
+        const real *ih, *hh;  // the panels from `first` on
+        int64_t first;
 
-        Lines ahead(int64_t panel) const { return Lines::of_panel(self->hh, self->P * 4 * L, panel); }
+        Lines ahead(int64_t panel) const {
+            return Lines::of_panel(hh, self->P * 4 * L, panel - first);
+        }
 
         template <int ROWS>
         NOINLINE void tile(int64_t row, int64_t panel, const Lines& ahead) const {
@@ -389,12 +415,12 @@ struct Forward {
             const int64_t u = panel * L, lanes = f.H - u;
             vec sum[ROWS][4];
             for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
-            const real *h_prev = step->h_prev + row * f.stride_h, *hh = f.hh + panel * f.P * 4 * L;
+            const real *h_prev = step->h_prev + row * f.stride_h, *W_hh = hh + (panel - first) * f.P * 4 * L;
             if (!tangent && f.fused) {
-                f.set_input(sum, step->x + row * f.I, panel);
-                gate_product<true>(sum, h_prev, f.stride_h, hh, f.P, ahead);  // F1
+                f.set_input(sum, step->x + row * f.I, ih + (panel - first) * f.I * 4 * L, panel);
+                gate_product<true>(sum, h_prev, f.stride_h, W_hh, f.P, ahead);  // F1
             } else {
-                gate_product<false>(sum, h_prev, f.stride_h, hh, f.P, ahead);
+                gate_product<false>(sum, h_prev, f.stride_h, W_hh, f.P, ahead);
             }
             if (f.full()) {
                 vec peep[ROWS][2];

@@ -288,7 +288,7 @@ def run_forward(
         x.dtype,
         _forward_arguments(
             *(T, B, I, H, P, D, full, reverse, *grid(T, B, work, H, D), lengths),
-            *(unpacked(T, N, H), recompute, chunk_rows),
+            *(unpacked(T, N), recompute, chunk_rows),
             *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), *kept),
             *pointers,
@@ -311,7 +311,7 @@ def lstm_step(
     of_shape = 1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0
     to = y, y, c_n.data_ptr(), 0, 0, 0
     arguments = _forward_arguments(
-        *of_shape, unpacked(1, B, H), 0, 0, x.data_ptr(), h.data_ptr(), c.data_ptr(), *to, *pointers
+        *of_shape, unpacked(1, B), 0, 0, x.data_ptr(), h.data_ptr(), c.data_ptr(), *to, *pointers
     )
     call("lstm_forward", x.dtype, arguments)
     return h_n, c_n
@@ -362,11 +362,11 @@ def lstm_dual(
     return out, tout
 
 
-def unpacked(T: int, N: int, H: int) -> bool:
+def unpacked(T: int, N: int) -> bool:
     """Whether packing the weights would not pay for so few rows."""
     if _override.unpacked is not None:
         return _override.unpacked
-    return N <= 12 or (T == 1 and max(16, H // 8) >= N)
+    return N <= (24 if T == 1 else 12)
 
 
 def lstm_backward(

@@ -106,7 +106,7 @@ def lstm_gradients(
         _arguments(
             *(T, B, I, H, H, D, 0, False, *cpu.grid(T, B, N * 4 * H * H, H, D, True), lengths),
             *cpu.grid(T, B, N * 4 * H * (I + H), H, D),
-            *(N, cpu.threads(N * 4 * H * (I + H)), cpu.unpacked(T, N, H), recompute, rows),
+            *(N, cpu.threads(N * 4 * H * (I + H)), cpu.unpacked(T, N), recompute, rows),
             *_addresses((x, h0, c0, y, gates, cells, c_kept, dy)),
             stride_dy,
             *_addresses((dh_n, dc_n, dcells, dpre, dh0, dc0, dx)),

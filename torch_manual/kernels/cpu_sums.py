@@ -50,7 +50,9 @@ def lstm_weight_sums(
     for t in (x, h_prev):
         given.append(None if t is None else t.contiguous())
         widths.append(0 if t is None else t.shape[1])
-        results.append(dpre.new_empty(0) if t is None else memory.empty(dpre, *apart, M, t.shape[1]))
+        results.append(
+            dpre.new_empty(0) if t is None else memory.empty(dpre, *apart, M, t.shape[1])
+        )
     results.append(memory.empty(dpre, *apart, M) if bias else dpre.new_empty(0))
     if N == 0:
         return tuple(t.zero_() for t in results)  # type: ignore[return-value]

@@ -404,6 +404,29 @@ assert len(runtimes) <= 1, runtimes
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ})
 
 
+@pytest.mark.parametrize(
+    ("cache", "n", "B", "H", "forward", "backward"),
+    [
+        (1 << 20, 2, 8, 256, Grid(1, 2, 1), Grid(1, 2, 1)),
+        (1 << 20, 2, 7, 256, Grid(1, 1, 2), Grid(1, 1, 2)),  # fewer than four rows for a thread
+        (1 << 20, 2, 64, 300, Grid(1, 1, 2), Grid(1, 1, 2)),
+        (2 << 20, 2, 64, 128, Grid(1, 2, 1), Grid(1, 2, 1)),
+        (2 << 20, 2, 64, 256, Grid(1, 1, 2), Grid(1, 2, 1)),  # 2 MiB of weights; backward, 1 MiB
+        (2 << 20, 8, 64, 256, Grid(1, 4, 2), Grid(1, 8, 1)),
+        (2 << 20, 3, 64, 256, Grid(1, 1, 3), Grid(1, 3, 1)),
+        (2 << 20, 2, 32, 512, Grid(1, 1, 2), Grid(1, 2, 1)),  # 4 MiB for sixteen rows
+        (2 << 20, 2, 31, 512, Grid(1, 1, 2), Grid(1, 1, 2)),
+        (2 << 20, 2, 64, 513, Grid(1, 1, 2), Grid(1, 1, 2)),
+    ],
+)
+def test_what_threads_share(monkeypatch, cache, n, B, H, forward, backward):
+    monkeypatch.setattr(cpu, "_second_level_cache", lambda: cache)
+    monkeypatch.setattr(cpu, "threads", lambda work: n)
+    T = 100
+    assert cpu.grid(T, B, T * B * 4 * H * 2 * H, H, 1) == forward
+    assert cpu.grid(T, B, T * B * 4 * H * H, H, 1, backward=True) == backward
+
+
 def test_says_why_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "FOLDER", tmp_path)
     monkeypatch.setattr(cpu, "_status", None)

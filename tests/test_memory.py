@@ -62,6 +62,23 @@ def test_sizes():
     assert memory.kept_bytes() > 2 * memory.SMALLEST
 
 
+def test_gradients_of_the_last_step_are_overwritten_only_when_freed():
+    layer, x = torch_manual.LSTM(4, 512), torch.randn(3, 2, 4)
+    layer(x)[0].sum().backward()
+    before = layer.weight_hh_l0.grad
+    address, kept = before.data_ptr(), before.clone()
+    layer.zero_grad()
+    layer(2 * x)[0].sum().backward()
+    assert torch.equal(before, kept)
+    another = layer.weight_hh_l0.grad.data_ptr()
+    assert another != address
+    del before
+    layer.zero_grad()
+    layer(x)[0].sum().backward()
+    assert torch.equal(layer.weight_hh_l0.grad, kept)
+    assert layer.weight_hh_l0.grad.data_ptr() in (address, another)
+
+
 def test_no_more_is_kept_than_the_limit(monkeypatch):
     monkeypatch.setattr(memory, "MOST_KEPT", 2 * memory.SMALLEST)
     tensors = [memory.empty(LIKE, ROWS, 1024) for _ in range(4)]

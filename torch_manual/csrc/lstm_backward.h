@@ -288,18 +288,18 @@ struct Backward {
     INLINE void want_line(Wanted<MOST>& wanted, const Step& step, int64_t b, int64_t u) const {
 #pragma GCC unroll 4
         for (int64_t g = 0; g < 4; g++) {
-            wanted.add(step.gates + b * 4 * H + g * H + u);
-            wanted.add(step.dpre + b * 4 * H + g * H + u);
+            wanted.add_to_read(step.gates + b * 4 * H + g * H + u);
+            wanted.add_to_write(step.dpre + b * 4 * H + g * H + u);
         }
-        wanted.add(step.cells + b * H + u);
-        if (b < step.has_prev) wanted.add(step.cells_prev + b * H + u);
+        wanted.add_to_read(step.cells + b * H + u);
+        if (b < step.has_prev) wanted.add_to_read(step.cells_prev + b * H + u);
         if constexpr (tangent) {
             const int64_t row = step.row + b;
-            for (int64_t g = 0; g < 4; g++) wanted.add(args->tgates + (row * 4 + g) * H + u);
-            wanted.add(args->tcells + row * H + u);
-            wanted.add(args->dm + row * H + u);
+            for (int64_t g = 0; g < 4; g++) wanted.add_to_read(args->tgates + (row * 4 + g) * H + u);
+            wanted.add_to_read(args->tcells + row * H + u);
+            wanted.add_to_read(args->dm + row * H + u);
         }
-        if (step.dy && !w.weight_hr) wanted.add(step.dy + b * args->stride_dy + u);
+        if (step.dy && !w.weight_hr) wanted.add_to_read(step.dy + b * args->stride_dy + u);
     }
 
     // B3 and B4 for units u to u + L of sequence b, and B5 to B8 unless the peepholes are full:

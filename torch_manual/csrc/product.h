@@ -70,17 +70,22 @@ struct Nothing {
     void ask() const {}
 };
 
-// Addresses to prefetch in the same way, all of them, and lines after them.
+// Addresses to prefetch in the same way, all of them, and lines after them. Those to write come first:
+// another core may have read them since, and a store would wait until it has given them up.
 template <int MOST>
 struct Wanted {
-    const void* address[MOST];
-    int64_t n = 0;
+    const void *to_write[MOST], *to_read[MOST];
+    int64_t n_to_write = 0, n_to_read = 0;
     Lines ahead;
 
-    INLINE void add(const void* p) { address[n++] = p; }
+    INLINE void add_to_write(const void* p) { to_write[n_to_write++] = p; }
+    INLINE void add_to_read(const void* p) { to_read[n_to_read++] = p; }
+    int64_t size() const { return n_to_write + n_to_read; }
     Lines lines() const { return ahead; }
-    void ask() const {
-        for (int64_t k = 0; k < n; k++) __builtin_prefetch(address[k]);
+    void ask() const { ask(0, size()); }
+    INLINE void ask(int64_t begin, int64_t end) const {
+        for (; begin < least(end, n_to_write); begin++) __builtin_prefetch(to_write[begin], 1);
+        for (; begin < end; begin++) __builtin_prefetch(to_read[begin - n_to_write]);
     }
 };
 
@@ -98,8 +103,10 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
     constexpr int SETS = FEW < MOST_SETS ? FEW : MOST_SETS;
     if (!add && K <= 0) clear(sum);
     int64_t next = 0, next_line = 0;
-    if constexpr (has_addresses<Asked>)  // too many for so few terms
-        for (; K < 2 * SETS * (asked.n - next); next++) __builtin_prefetch(asked.address[next]);
+    if constexpr (has_addresses<Asked>) {  // maybe too many for so few terms
+        next = asked.size() - least(asked.size(), K / (2 * SETS));
+        asked.ask(0, next);
+    }
     for (int64_t start = 0; start < K; start += longest_sum) {
         const int64_t end = least(K, start + longest_sum);
         // Keeps `sum` in memory meanwhile: with it the compiler would run out of registers.
@@ -116,16 +123,25 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                         part[s][r][v] +=
                             a[r * stride_a + k + s] * load(panel + (k + s) * step + v * L);
         };
-        [[maybe_unused]] const auto ask_and_add = [&](const void* address) ALWAYS_INLINE {
-            __builtin_prefetch(address);
+        [[maybe_unused]] const auto add_twice = [&]() ALWAYS_INLINE {
             add_terms(), k += SETS;
             add_terms(), k += SETS;
         };
-        if constexpr (has_addresses<Asked>)
-            for (; next < asked.n && k + 2 * SETS <= end; next++) ask_and_add(asked.address[next]);
+        if constexpr (has_addresses<Asked>) {
+            for (; next < asked.n_to_write && k + 2 * SETS <= end; next++) {
+                __builtin_prefetch(asked.to_write[next], 1);
+                add_twice();
+            }
+            for (; next < asked.size() && k + 2 * SETS <= end; next++) {
+                __builtin_prefetch(asked.to_read[next - asked.n_to_write]);
+                add_twice();
+            }
+        }
         if constexpr (!std::is_same_v<Asked, Nothing> && FEW == 1)  // else much code for little
-            for (; next_line < asked.lines().n && k + 2 * SETS <= end; next_line++)
-                ask_and_add(asked.lines().first + next_line * 64);
+            for (; next_line < asked.lines().n && k + 2 * SETS <= end; next_line++) {
+                __builtin_prefetch(asked.lines().first + next_line * 64);
+                add_twice();
+            }
         for (; k + SETS <= end; k += SETS) add_terms();
         for (; k < end; k++)
 #pragma GCC unroll 12

@@ -115,7 +115,7 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
         h, _, c_n = lstm_layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights])
         return h, c_n.squeeze(0)
     _check(x, h, c, [weights])
-    if _needs_graph(x, h, c, *weights):
+    if torch.is_grad_enabled() and _any_requires_grad(x, h, c, *weights):
         return LSTMCellFunction.apply(x, h, c, *weights)
     return lstm_step(x, h, c, weights)
 
@@ -231,8 +231,10 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
     """Whether what backward, forward mode or a transform of torch.func needs must be kept."""
     if _transforms_are_active():
         return True
-    if not torch.is_grad_enabled():
-        return False
+    return torch.is_grad_enabled() and _any_requires_grad(*tensors)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 

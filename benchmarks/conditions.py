@@ -60,10 +60,17 @@ def blocks(sizes: Sequence[int], training: bool, scale: float = 1.0) -> tuple[Ru
 
 @contextmanager
 def busy_core() -> Iterator[Callable[[bool], None]]:
-    """A process on one of our cores, to be switched on and off."""
+    """A process on one of our cores, to be switched on and off; it ends with this one."""
+    spin = """
+import os, sys
+core, parent = map(int, sys.argv[1:])
+os.sched_setaffinity(0, [core])
+while os.getppid() == parent:
+    for _ in range(10**6):
+        pass
+"""
     core = min(os.sched_getaffinity(0))
-    spin = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
-    process = subprocess.Popen([sys.executable, "-c", spin])
+    process = subprocess.Popen([sys.executable, "-c", spin, str(core), str(os.getpid())])
     process.send_signal(signal.SIGSTOP)
     try:
         yield lambda on: process.send_signal(signal.SIGCONT if on else signal.SIGSTOP)

@@ -1,7 +1,8 @@
 """Ours beside stock with machine or numbers against them: `python -m benchmarks.conditions`.
 
 - busy core: another process keeps one of the cores busy, for every second measurement;
-- denormals: x, h_0 and c_0 of 1e-40.
+- denormals: x, h_0 and c_0 of 1e-40;
+- last step's loss: dy is 0 but for the last step, so that gradients decay on their way back.
 
 A row says how many times as long a call takes as it does otherwise, for stock and for ours, and
 stock's time over ours then. Ours is not to be slowed more than stock.
@@ -36,13 +37,17 @@ NOISE = 1.05  # measurements of the same thing differ by as much
 Run = Callable[[], Block]
 
 
-def blocks(sizes: Sequence[int], training: bool, scale: float = 1.0) -> tuple[Run, Run]:
-    """Stock and ours, on the same weights and inputs."""
+def blocks(
+    sizes: Sequence[int], training: bool, scale: float = 1.0, last: bool = False
+) -> tuple[Run, Run]:
+    """Stock and ours, on the same weights and inputs; with `last`, dy is that of the last step."""
     T, B, I, H = sizes
     stock, ours = nn.LSTM(I, H), torch_manual.LSTM(I, H)
     ours.load_state_dict(stock.state_dict())
     x, h, c = (scale * torch.randn(size) for size in ((T, B, I), (1, B, H), (1, B, H)))
     dy = torch.randn(T, B, H)
+    if last:
+        dy[:-1] = 0
     x.requires_grad_(training)
 
     def of(module: nn.Module) -> Run:
@@ -105,8 +110,14 @@ def rows(seconds: float) -> Iterator[tuple[str, ...]]:
             calm, tiny = blocks(sizes, training), blocks(sizes, training, DENORMAL)
             with busy_core() as switch:
                 busy = slowdown(calm, calm, switch, seconds)
-            denormal = slowdown(calm, tiny, lambda _: None, seconds)
-            for name, (stock, ours, ratio) in (("busy core", busy), ("denormals", denormal)):
+            found = [
+                ("busy core", busy),
+                ("denormals", slowdown(calm, tiny, lambda _: None, seconds)),
+            ]
+            if training:
+                of_last = blocks(sizes, training, last=True)
+                found.append(("last step's loss", slowdown(calm, of_last, lambda _: None, seconds)))
+            for name, (stock, ours, ratio) in found:
                 yield (
                     name,
                     "training" if training else "inference",

@@ -8,6 +8,7 @@ import copy
 import gc
 import itertools
 import os
+import platform
 import resource
 import select
 import signal
@@ -402,6 +403,32 @@ with open("/proc/self/maps") as maps:
 assert len(runtimes) <= 1, runtimes
 """
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ})
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 alone is slow")
+@pytest.mark.parametrize("instruction_set", BUILT)
+@pytest.mark.parametrize("grid", [Grid(), Grid(1, 1, 2)])
+def test_denormals_are_zeros_within(instruction_set, grid):
+    """In every thread of a call, and not after it."""
+    layer = torch_manual.LSTM(5, 40)
+    results = []
+    with cpu.override(instruction_set=instruction_set, grid=grid):
+        for scale in (0.0, 1e-40):
+            x = torch.full((9, 3, 5), scale, requires_grad=True)
+            h = c = torch.full((1, 3, 40), scale)
+            layer.zero_grad()
+            y, (h_n, c_n) = layer(x, (h, c))
+            dy = torch.zeros_like(y)
+            dy[-1] = 1e-36  # decays to denormals on its way
+            y.backward(dy)
+            results.append([y, h_n, c_n, x.grad, *(p.grad for p in layer.parameters())])
+    for of_zero, of_denormal in zip(*results, strict=True):
+        assert torch.equal(of_zero, of_denormal)
+    gradients = torch.cat([t.flatten() for t in results[0][3:]]).abs()
+    smallest = torch.finfo(torch.float32).tiny
+    assert gradients.max() > smallest
+    assert not ((gradients > 0) & (gradients < smallest)).any()
+    assert (torch.full((4,), 1e-40) * 0.5 > 0).all()
 
 
 @pytest.mark.parametrize(

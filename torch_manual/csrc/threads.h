@@ -11,6 +11,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 namespace {
 
@@ -75,6 +78,22 @@ inline Range share(int64_t n, int64_t index, int64_t parts) {
     return {n * index / parts, n * (index + 1) / parts};
 }
 
+// While it lives, its thread takes numbers too small for a whole mantissa as zeros. Gradients decay to
+// such numbers over a few hundred steps, and on Intel's processors each takes 150 cycles to multiply.
+class NoDenormals {
+  public:
+#if defined(__x86_64__)
+    NoDenormals() : before(_mm_getcsr()) { _mm_setcsr(before | flush_results | zero_operands); }
+    ~NoDenormals() { _mm_setcsr(before); }
+
+  private:
+    static constexpr unsigned flush_results = 1 << 15, zero_operands = 1 << 6;
+    const unsigned before;
+#else
+    NoDenormals() {}
+#endif
+};
+
 // Calls work(thread, grid, everyone) on every thread of the grid, where everyone.wait() is a
 // barrier among all of them. One thread does it all where OpenMP grants fewer than asked for.
 template <typename Work>
@@ -86,15 +105,17 @@ void run_on(const Grid& grid, const Work& work) {
         Barrier everyone(wanted);
 #pragma omp parallel num_threads(wanted)
         {
-            if (omp_get_num_threads() == wanted)
+            if (omp_get_num_threads() == wanted) {
+                const NoDenormals here;
                 work(omp_get_thread_num(), grid, everyone);
-            else
+            } else
 #pragma omp single
                 granted = false;
         }
         if (granted) return;
     }
 #endif
+    const NoDenormals here;
     Barrier alone(1);
     work(0, Grid{1, 1, 1}, alone);
 }

@@ -21,7 +21,7 @@ FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-Wall", "-Wextra", "-Wno-ignored-attributes", "-Wno-psabi"),
 ]
-AVX2 = ["-mavx2", "-mfma", "-mprfchw"]
+AVX2 = ["-mavx2", "-mfma", "-mprfchw"]  # the last one's instruction is a nop where it is unknown
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -47,7 +47,7 @@ def run_python(*arguments, **environment):
 def test_everything_interpreted():
     tests = "-m", "pytest", "tests/test_triton_interpreted.py", "-q", "--tb=short", "-k"
     run = partial(run_python, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    with ThreadPoolExecutor() as pool:  # two processes at once, of about as much work
+    with ThreadPoolExecutor() as pool:  # two processes at once
         halves = [pool.submit(run, *tests, which) for which in ("level", "not level")]
     for half in halves:
         done = half.result()

@@ -415,9 +415,11 @@ struct Forward {
             const int64_t u = panel * L, lanes = f.H - u;
             vec sum[ROWS][4];
             for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
-            const real *h_prev = step->h_prev + row * f.stride_h, *W_hh = hh + (panel - first) * f.P * 4 * L;
+            const real* h_prev = step->h_prev + row * f.stride_h;
+            const real* W_hh = hh + (panel - first) * f.P * 4 * L;
             if (!tangent && f.fused) {
-                f.set_input(sum, step->x + row * f.I, ih + (panel - first) * f.I * 4 * L, panel);
+                const real* W_ih = ih + (panel - first) * f.I * 4 * L;
+                f.set_input(sum, step->x + row * f.I, W_ih, panel);
                 gate_product<true>(sum, h_prev, f.stride_h, W_hh, f.P, ahead);  // F1
             } else {
                 gate_product<false>(sum, h_prev, f.stride_h, W_hh, f.P, ahead);

@@ -79,7 +79,7 @@ inline Range share(int64_t n, int64_t index, int64_t parts) {
 }
 
 // While it lives, its thread takes numbers too small for a whole mantissa as zeros. Gradients decay to
-// such numbers over a few hundred steps, and on Intel's processors each takes 150 cycles to multiply.
+// such numbers over a few hundred steps, and on Intel's processors each takes some 150 cycles to multiply.
 class NoDenormals {
   public:
 #if defined(__x86_64__)
@@ -98,6 +98,10 @@ class NoDenormals {
 // barrier among all of them. One thread does it all where OpenMP grants fewer than asked for.
 template <typename Work>
 void run_on(const Grid& grid, const Work& work) {
+    const auto run = [&](int64_t thread, const Grid& granted_grid, Barrier& everyone) {
+        const NoDenormals here;
+        work(thread, granted_grid, everyone);
+    };
 #if defined(_OPENMP)
     const int wanted = (int)grid.size();
     if (wanted > 1) {
@@ -105,19 +109,17 @@ void run_on(const Grid& grid, const Work& work) {
         Barrier everyone(wanted);
 #pragma omp parallel num_threads(wanted)
         {
-            if (omp_get_num_threads() == wanted) {
-                const NoDenormals here;
-                work(omp_get_thread_num(), grid, everyone);
-            } else
+            if (omp_get_num_threads() == wanted)
+                run(omp_get_thread_num(), grid, everyone);
+            else
 #pragma omp single
                 granted = false;
         }
         if (granted) return;
     }
 #endif
-    const NoDenormals here;
     Barrier alone(1);
-    work(0, Grid{1, 1, 1}, alone);
+    run(0, Grid{1, 1, 1}, alone);
 }
 
 // Memory borrowed for one call. The same sequence of take() runs twice: first to add up the sizes,

@@ -32,6 +32,14 @@ from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward, l
 
 __all__ = ["LSTMWeights", "lstm_cell", "lstm_layer"]
 
+_SHAPES = {  # those of the peepholes are theirs to choose
+    "weight_ih": "(4H, I)",
+    "weight_hh": "(4H, P)",
+    "bias_ih": "(4H,)",
+    "bias_hh": "(4H,)",
+    "weight_hr": "(P, H)",
+}
+
 
 def lstm_layer(
     x: Tensor,
@@ -244,33 +252,23 @@ def _transforms_are_active() -> bool:
 
 def _check(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:
     I, P, H, dtype, device = x.shape[-1], h0.shape[-1], c0.shape[-1], x.dtype, x.device
-    on_cpu = x.is_cpu  # to compare this takes half the time
     for state in (h0, c0):
-        if state.dtype is not dtype or not (state.is_cpu if on_cpu else state.device == device):
+        if state.dtype is not dtype or state.device != device:
             _refuse(x, state, "hidden")
     for w in weights:
         full = w.weight_ci is not None and w.weight_ci.dim() == 2
         peephole = (H, H) if full else (H,)
         shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H), peephole, peephole, peephole
-        for t, shape in zip(w, shapes, strict=False):
+        for name, t, shape in zip(w._fields, w, shapes, strict=False):
             if t is None:
                 continue
             if t.shape != shape:
-                _refuse_shape(w, shapes, full)
-            if t.dtype is not dtype or not (t.is_cpu if on_cpu else t.device == device):
+                symbol = _SHAPES.get(name, "(H, H)" if full else "(H,)")
+                raise ValueError(f"lstm: {name} must be {symbol} = {shape}, got {tuple(t.shape)}")
+            if t.dtype is not dtype or t.device != device:
                 _refuse(x, t, "parameter")
         if w.weight_hr is None and P != H:
             raise ValueError(f"lstm: without weight_hr, h0 must be as wide as c0, {H}, got {P}")
-
-
-def _refuse_shape(w: LSTMWeights, shapes: Sequence[tuple[int, ...]], full: bool) -> NoReturn:
-    symbols = "(4H, I)", "(4H, P)", "(4H,)", "(4H,)", "(P, H)", *["(H, H)" if full else "(H,)"] * 3
-    name, symbol, shape, got = next(
-        (name, symbol, shape, tuple(t.shape))
-        for name, symbol, shape, t in zip(w._fields, symbols, shapes, w, strict=True)
-        if t is not None and t.shape != shape
-    )
-    raise ValueError(f"lstm: {name} must be {symbol} = {shape}, got {got}")
 
 
 def _refuse(x: Tensor, other: Tensor, kind: str) -> NoReturn:

@@ -201,7 +201,10 @@ def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> G
 
 
 def _least_units(size: int, rows: int, H: int, backward: bool) -> int:
-    """How many threads at least share the units; `size` is the weights', `rows` those of a thread.
+    """How many threads at least share the units.
+
+    `size` is that of the weights, in bytes of float32; `rows` the sequences of each thread if they
+    share those.
 
     Behind a large second-level cache the third is slow. So the weights that a thread reads at a
     step should leave room in the second. The backward pass has more to hand from core to core, four
@@ -308,12 +311,16 @@ def lstm_step(
         return h_n, c_n
     weights, pointers, full = in_c_order(weights)
     y = h_n.data_ptr()
-    of_shape = 1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0
-    to = y, y, c_n.data_ptr(), 0, 0, 0
-    arguments = _forward_arguments(
-        *of_shape, unpacked(1, B), 0, 0, x.data_ptr(), h.data_ptr(), c.data_ptr(), *to, *pointers
+    call(
+        "lstm_forward",
+        x.dtype,
+        _forward_arguments(
+            *(1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0),
+            *(unpacked(1, B), 0, 0),
+            *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), 0, 0, 0),
+            *pointers,
+        ),
     )
-    call("lstm_forward", x.dtype, arguments)
     return h_n, c_n
 
 
@@ -413,7 +420,7 @@ def lstm_backward(
         "lstm_backward",
         dtype,
         _backward_arguments(
-            *(T, B, 0, H, P, D, full, reverse, *grid(T, B, work, H, D, True), lengths),
+            *(T, B, 0, H, P, D, full, reverse, *grid(T, B, work, H, D, backward=True), lengths),
             *(0 if dy is None else dy.data_ptr(), stride_dy),
             *(0 if t is None else t.data_ptr() for t in (dh_n, dc_n, dcells)),
             *(c0.data_ptr(), gates.data_ptr(), cells.data_ptr()),

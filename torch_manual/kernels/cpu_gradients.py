@@ -104,7 +104,8 @@ def lstm_gradients(
         "lstm_gradients",
         x.dtype,
         _arguments(
-            *(T, B, I, H, H, D, 0, False, *cpu.grid(T, B, N * 4 * H * H, H, D, True), lengths),
+            *(T, B, I, H, H, D, 0, False),
+            *(*cpu.grid(T, B, N * 4 * H * H, H, D, backward=True), lengths),
             *cpu.grid(T, B, N * 4 * H * (I + H), H, D),
             *(N, cpu.threads(N * 4 * H * (I + H)), cpu.unpacked(T, N), recompute, rows),
             *_addresses((x, h0, c0, y, gates, cells, c_kept, dy)),

@@ -128,7 +128,8 @@ def backward_tangent_direction(
         "lstm_backward_tangent",
         cells.dtype,
         _backward_tangent_arguments(
-            *(T, B, 0, H, P, 1, full, reverse, *cpu.grid(T, B, N * 4 * H * P, H, 1, True), lengths),
+            *(T, B, 0, H, P, 1, full, reverse),
+            *(*cpu.grid(T, B, N * 4 * H * P, H, 1, backward=True), lengths),
             *(addresses[0], P, *addresses[1:]),
             *(tdpre.data_ptr(), tdh.data_ptr(), tdh0.data_ptr(), tdc0.data_ptr()),
             *pointers,

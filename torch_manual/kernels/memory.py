@@ -2,8 +2,8 @@
 
 malloc returns large blocks to the system as soon as they are freed, and the next call waits while
 the system finds and zeroes fresh pages: up to a tenth of a training step. So the blocks behind what
-a forward pass keeps and what a backward pass computes on the way come back here when their tensor
-dies, and wait for the next call.
+a forward pass keeps, gradients and what a backward pass computes on the way come back here when
+their tensor dies, and wait for the next call.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ class LSTMCell(nn.RNNCellBase):
             raise RuntimeError("lstm_cell expects two hidden states")
         else:
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        if hx is not None or x.shape[1] != self.input_size:
+        if hx is not None or x.shape[1] != self.input_size:  # zeros made here fit
             self._check(x, h, c, batched)
         h, c = lstm_cell(x, (h, c), self._weights())
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

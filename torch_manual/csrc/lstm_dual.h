@@ -12,7 +12,8 @@ struct Dual : Forward<real> {
     using typename Base::Chunk, typename Base::Step, typename Base::vec;
     using Base::args, Base::B, Base::bias, Base::c, Base::direction, Base::fused, Base::h, Base::H,
         Base::hh, Base::I, Base::ih, Base::input_part, Base::input_rows, Base::L, Base::P,
-        Base::panels, Base::rows, Base::stride_c, Base::stride_h, Base::stride_pre, Base::T, Base::w;
+        Base::panels, Base::peep, Base::rows, Base::stride_c, Base::stride_h, Base::stride_pre,
+        Base::T, Base::w;
 
     const DualArguments<real>* dual;
     Weights<real> tw;
@@ -121,6 +122,7 @@ struct Dual : Forward<real> {
             f.template gate_product<true>(sum, h_prev, f.stride_h, hh, f.P);
             f.template gate_product<true>(tsum, step->th_prev + row * f.stride_h, f.stride_h, hh, f.P);
             if (f.tw.weight_hh) f.template gate_product<true>(tsum, h_prev, f.stride_h, thh, f.P);
+            DualCell cell[ROWS];
             for (int r = 0; r < ROWS; r++) {
                 const int64_t at = (row + r) * f.stride_pre + u;
                 for (int g = 0; g < 4; g++) {
@@ -128,43 +130,52 @@ struct Dual : Forward<real> {
                     tsum[r][g] += load(f.tbias + (g * f.panels + panel) * L);  // R1
                     if (step->tpre) tsum[r][g] += load(step->tpre + at + g * f.H, lanes);
                 }
-                f.dual_gate_math(*step, row + r, u, sum[r], tsum[r]);
+                cell[r] = f.new_cells(*step, row + r, u, sum[r], tsum[r]);
             }
+            for (int r = 0; r < ROWS; r++)
+                f.outputs(*step, row + r, u, sum[r][3], tsum[r][3], cell[r]);
         }
     };
 
-    // F2 to F7 and R2 to R7 for units u to u + L of sequence b.
-    NOINLINE void dual_gate_math(const DualStep& step, int64_t b, int64_t u, const vec (&pre)[4],
-                                 const vec (&tpre)[4]) const {
+    struct DualCell {
+        vec c, tc;
+    };
+
+    // F2 to F5 and R2 to R5 for units u to u + L of sequence b. As in Forward, outputs() goes on in a
+    // loop of its own.
+    INLINE DualCell new_cells(const DualStep& step, int64_t b, int64_t u, const vec (&pre)[4],
+                              const vec (&tpre)[4]) const {
         const int64_t lanes = H - u;
-        auto peep = [&](const real* weight, vec c) {
-            return weight ? c * load(weight + u, lanes) : vec{};
-        };
         const vec c_prev = load(step.c_prev + b * stride_c + u, lanes);
         const vec tc_prev = load(step.tc_prev + b * stride_c + u, lanes);
-        const vec i = sigmoid<real>(pre[0] + peep(w.weight_ci, c_prev));  // F2
-        const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, c_prev));  // F3
-        const vec g = ::tanh<real>(pre[2]);                               // F4
-        const vec c_new = f * c_prev + i * g;                             // F5
-        const vec tpre_i = tpre[0] + peep(w.weight_ci, tc_prev) + peep(tw.weight_ci, c_prev);
-        const vec tpre_f = tpre[1] + peep(w.weight_cf, tc_prev) + peep(tw.weight_cf, c_prev);
-        const vec ti = i * ((real)1 - i) * tpre_i;                        // R2
-        const vec tf = f * ((real)1 - f) * tpre_f;                        // R3
-        const vec tg = ((real)1 - g * g) * tpre[2];                       // R4
-        const vec tc_new = tf * c_prev + f * tc_prev + ti * g + i * tg;   // R5
-        const vec o = sigmoid<real>(pre[3] + peep(w.weight_co, c_new));   // F6
-        const vec tpre_o = tpre[3] + peep(w.weight_co, tc_new) + peep(tw.weight_co, c_new);
-        const vec to = o * ((real)1 - o) * tpre_o;                        // R6
-        const vec tanh_c = ::tanh<real>(c_new);
-        const vec m = o * tanh_c;                                                // F7
-        const vec tm = to * tanh_c + o * ((real)1 - tanh_c * tanh_c) * tc_new;   // R7
-        store(step.c + b * stride_c + u, c_new, lanes);
-        store(step.tc + b * stride_c + u, tc_new, lanes);
+        const auto [i, g, ig] =
+            Base::sigmoid_tanh(pre[0] + peep(w.weight_ci, u, c_prev), pre[2]);  // F2, F4
+        const vec f = sigmoid<real>(pre[1] + peep(w.weight_cf, u, c_prev));     // F3
+        const vec c = f * c_prev + ig;                                          // F5
+        const vec tpre_i = tpre[0] + peep(w.weight_ci, u, tc_prev) + peep(tw.weight_ci, u, c_prev);
+        const vec tpre_f = tpre[1] + peep(w.weight_cf, u, tc_prev) + peep(tw.weight_cf, u, c_prev);
+        const vec ti = i * ((real)1 - i) * tpre_i;                   // R2
+        const vec tf = f * ((real)1 - f) * tpre_f;                   // R3
+        const vec tg = ((real)1 - g * g) * tpre[2];                  // R4
+        const vec tc = tf * c_prev + f * tc_prev + ti * g + i * tg;  // R5
+        store(step.c + b * stride_c + u, c, lanes);
+        store(step.tc + b * stride_c + u, tc, lanes);
         if (step.cells) {
-            store(step.cells + b * H + u, c_new, lanes);
-            store(step.tcells + b * H + u, tc_new, lanes);
+            store(step.cells + b * H + u, c, lanes);
+            store(step.tcells + b * H + u, tc, lanes);
         }
-        const int64_t output = b * args->sizes.D * P + u;
+        return {c, tc};
+    }
+
+    // F6, F7, R6 and R7.
+    INLINE void outputs(const DualStep& step, int64_t b, int64_t u, vec pre_o, vec tpre_o,
+                        const DualCell& cell) const {
+        const int64_t lanes = H - u, output = b * args->sizes.D * P + u;
+        tpre_o += peep(w.weight_co, u, cell.tc) + peep(tw.weight_co, u, cell.c);
+        const auto [o, tanh_c, m] =
+            Base::sigmoid_tanh(pre_o + peep(w.weight_co, u, cell.c), cell.c);    // F6, F7
+        const vec to = o * ((real)1 - o) * tpre_o;                               // R6
+        const vec tm = to * tanh_c + o * ((real)1 - tanh_c * tanh_c) * cell.tc;  // R7
         store(step.h + b * stride_h + u, m, lanes), store(step.y + output, m, lanes);
         store(step.th + b * stride_h + u, tm, lanes), store(step.ty + output, tm, lanes);
     }

@@ -99,9 +99,11 @@ struct Backward {
             memset(to + p * size, 0, H * 2 * L * sizeof(real));
     }
 
-    // A single step of few sequences reads W_hh where it is, but for a panel wider than what is left.
+    // A single step needs W_hh for dh0 alone, and where it has few sequences reads it where it is, but
+    // for a panel wider than what is left.
     bool packed(int64_t panel) const {
-        return T > 1 || (panel + 1) * 2 * L > P || pays_to_pack_columns<real>(B, 4 * H * P);
+        if (T > 1) return true;
+        return args->dh0 && ((panel + 1) * 2 * L > P || pays_to_pack_columns<real>(B, 4 * H * P));
     }
 
     void run(const Part& part, int64_t) const { run_steps(part, 0, T); }
@@ -161,9 +163,10 @@ struct Backward {
         }
     }
 
-    // dh0, and dc0 with full peepholes, of the sequences [first, end) whose first step this was.
+    // dh0, if asked for, and dc0 with full peepholes, of the sequences [first, end) whose first step
+    // this was.
     void finish(const Part& part, const Step& step, int64_t first, int64_t end) const {
-        part.cover(InitialTile{this, &step, 0}, first, end, panels_p);
+        if (args->dh0) part.cover(InitialTile{this, &step, 0}, first, end, panels_p);
         if (full()) part.cover(InitialTile{this, &step, 1}, first, end, pairs);
     }
 

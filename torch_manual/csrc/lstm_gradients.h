@@ -28,7 +28,7 @@ struct GradientsArguments {
     const real* dc_n;     // (D, B, H) or null
     const real* dcells;   // (D, N, H) or null
     real* dpre;           // (D, N, 4H), or null if nobody asks
-    real* dh0;            // (D, B, H)
+    real* dh0;            // (D, B, H) or null
     real* dc0;            // (D, B, H)
     real* dx;             // (N, I) or null
     Weights<real> weights[2];

@@ -28,6 +28,7 @@ from torch_manual.functions.lstm_second_order import (
     fold,
     vmap_by_loop,
 )
+from torch_manual.kernels import cpu_gradients
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward, lstm_step
 
 __all__ = ["LSTMWeights", "lstm_cell", "lstm_layer"]
@@ -125,7 +126,8 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
     _check(x, h, c, [weights])
     if torch.is_grad_enabled() and _any_requires_grad(x, h, c, *weights):
         return LSTMCellFunction.apply(x, h, c, *weights)
-    return lstm_step(x, h, c, weights)
+    h, c = lstm_step(x, h, c, weights, save=False)
+    return h, c
 
 
 class LSTMFunction(PositionalFunction):
@@ -199,20 +201,24 @@ class LSTMCellFunction(PositionalFunction):
     def forward(
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        y, _, c_n, gates, cells = lstm_forward(
-            x, h.unsqueeze(0), c.unsqueeze(0), None, weights, True
-        )
+        h_n, c_n, gates, cells = lstm_step(x, h, c, weights, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h, c, gates, cells, *weights)
-        return y, c_n.squeeze_(0)  # no view: views out of a Function cannot be changed in place
+        return h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, c, *rest = ctx.saved_tensors
+        x, h, c, gates, cells, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         y = h  # of its shape: no step comes after that would look at y
-        saved = x, h.unsqueeze(0), c.unsqueeze(0), None, y, *rest
+        if not torch.is_grad_enabled() and cpu_gradients.serves(x, weights, dh, dc, h, c, gates):
+            dx, dh0, dc0, _, _, *dweights = cpu_gradients.lstm_gradients(
+                needs, (dh, None, dc, None), x, h, c, None, y, gates, cells, weights
+            )
+            return dx, dh0, dc0, *dweights
+        saved = x, h.unsqueeze(0), c.unsqueeze(0), None, y, gates, cells, *weights
         outer = dh, None, None if dc is None else dc.unsqueeze(0), None
-        dx, dh0, dc0, *dweights = _gradients(ctx.needs_input_grad, outer, saved)
+        dx, dh0, dc0, *dweights = _gradients(needs, outer, saved)
         dh0, dc0 = (None if t is None else t.squeeze(0) for t in (dh0, dc0))
         return dx, dh0, dc0, *dweights
 

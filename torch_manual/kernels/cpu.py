@@ -301,15 +301,20 @@ def run_forward(
 
 
 def lstm_step(
-    x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """`lstm_forward` of one step and direction, nothing saved: x (B, I), h (B, P), c (B, H)."""
+    x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor | None], save: bool
+) -> tuple[Tensor, ...]:
+    """`lstm_forward` of one step and direction: x (B, I), h (B, P), c (B, H).
+
+    Returns the next h and c, and with `save` gates (1, B, 4H) and cells (1, B, H).
+    """
     x, h, c = x.contiguous(), h.contiguous(), c.contiguous()
     (B, I), P, H = x.shape, h.shape[1], c.shape[1]
     h_n, c_n = torch.empty_like(h), torch.empty_like(c)
+    kept = (memory.empty(x, 1, B, 4 * H), memory.empty(x, 1, B, H)) if save else ()
     if B == 0:
-        return h_n, c_n
+        return h_n, c_n, *kept
     weights, pointers, full = in_c_order(weights)
+    gates, cells = (t.data_ptr() for t in kept) if save else (0, 0)
     y = h_n.data_ptr()
     call(
         "lstm_forward",
@@ -317,11 +322,11 @@ def lstm_step(
         _forward_arguments(
             *(1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0),
             *(unpacked(1, B), 0, 0),
-            *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), 0, 0, 0),
+            *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), gates, cells, 0),
             *pointers,
         ),
     )
-    return h_n, c_n
+    return h_n, c_n, *kept
 
 
 def lstm_dual(

@@ -79,6 +79,8 @@ def lstm_gradients(
 ) -> tuple[Tensor | None, ...]:
     """`lstm_gradients` of functions/lstm_gradients.py, where `serves` has it so.
 
+    With one direction h0 and c0 may be (B, H), and so are their gradients then.
+
     Args:
         keep_dpre: return dpre and dh; else None stands in their place.
         recompute, c_kept: what `lstm_forward` was given and has kept, in place of gates and cells.
@@ -88,15 +90,16 @@ def lstm_gradients(
     x, h0, c0, y = x.contiguous(), h0.contiguous(), c0.contiguous(), y.contiguous()
     gates, cells = (None if t is None else t.contiguous() for t in (gates, cells))
     weights, pointers, _ = cpu.in_c_order(weights)
-    (N, I), (D, B, H) = x.shape, c0.shape
+    (N, I), (*directions, B, H) = x.shape, c0.shape
+    D = directions[0] if directions else 1
     T, lengths = cpu.steps(N, B, batch_sizes)
     dx = memory.empty(x, N, I) if needs[0] else None
     rows = chunk_rows(H, x.element_size())
     in_full = keep_dpre or (H > SMALL and not recompute)
     dpre = memory.empty(x, D, N, 4 * H) if in_full else None
-    dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
+    dh0, dc0 = torch.empty_like(h0) if needs[1] else None, torch.empty_like(c0)
     dweights = [
-        memory.empty(x, *w.shape) if need and w is not None else None
+        memory.empty_like(w) if need and w is not None else None
         for w, need in zip(weights, needs[3:], strict=True)
     ]
     to_dweights = _addresses(dweights)
@@ -117,7 +120,7 @@ def lstm_gradients(
     )
     return (
         dx,
-        dh0 if needs[1] else None,
+        dh0,
         dc0 if needs[2] else None,
         dpre,
         x.new_empty(D, 0) if keep_dpre else None,

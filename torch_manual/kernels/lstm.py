@@ -334,17 +334,22 @@ def lstm_forward(x: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor,
     return _forward_cpu(x, h0, c0, *rest)
 
 
-def lstm_step(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights) -> tuple[Tensor, Tensor]:
-    """One step without a graph: x (B, I), h (B, P) and c (B, H) to the next h and c."""
+def lstm_step(
+    x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor | None], save: bool
+) -> tuple[Tensor, ...]:
+    """One step, x (B, I), h (B, P) and c (B, H) to the next h and c; with `save` gates and cells.
+
+    None of these is a view, so that they may leave an `autograd.Function` and be changed in place.
+    """
     if (
         dispatched(x, h, c, *weights)
         or backend.triton_serves(x)
         or not cpu.serves(x.dtype)
         or x.dtype in cpu.HALF
     ):
-        y, _, c_n, _, _ = lstm_forward(x, h.unsqueeze(0), c.unsqueeze(0), None, weights, False)
-        return y, c_n.squeeze(0)
-    return cpu.lstm_step(x, h, c, weights)
+        y, _, c_n, *kept = lstm_forward(x, h.unsqueeze(0), c.unsqueeze(0), None, weights, save)
+        return y, c_n.squeeze_(0), *(kept if save else ())
+    return cpu.lstm_step(x, h, c, weights, save)
 
 
 def lstm_backward(*args: Any) -> tuple[Tensor, ...]:

@@ -42,6 +42,11 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return flat.view(shape)
 
 
+def empty_like(t: Tensor) -> Tensor:
+    """`torch.empty_like(t)`, of a tensor in C order, in such a block."""
+    return torch.empty_like(t) if t.nbytes < SMALLEST else empty(t, *t.shape)
+
+
 def empty_cache() -> None:
     """Give back to the system the CPU memory that layers keep for later calls, at most 256 MiB."""
     while _free:

@@ -290,8 +290,8 @@ def rows(seconds: float) -> Iterator[tuple[str, ...]]:
     yield ("the longest compilation", f"{1e3 * compile_seconds:.0f}", "", "", "", "≤ 10000 ms", met)
 
 
-def write(path: Path, table: Sequence[Sequence[str]], facts: dict[str, str]) -> None:
-    lines = ["# Transforms", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""]
+def write(path: Path, title: str, table: Sequence[Sequence[str]], facts: dict[str, str]) -> None:
+    lines = [f"# {title}", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""]
     lines += [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *table)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("  ".join(row), flush=True)
     path = (options.out or (PARTIAL_RESULTS if options.quick else RESULTS)) / "transforms.md"
     facts = describe() | {"threads": str(options.threads)}
-    write(path, found, facts)
+    write(path, "Transforms", found, facts)
     print(f"written: {path}")
     return 0
 

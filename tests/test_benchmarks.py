@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_manual
 from benchmarks import __main__ as command
-from benchmarks import cases, machine, measure, memory, report, worker
+from benchmarks import cases, machine, measure, memory, products, report, worker
 from benchmarks.cases import CASES, TARGETS, Case, Target
 from benchmarks.check import Workload
 from benchmarks.measure import Block, Round
@@ -338,3 +339,9 @@ def test_multiply_adds_are_counted(dtype):
             one = cpu.multiply_add(dtype, 1, 100)
             assert one > 0
             assert cpu.multiply_add(dtype, 2, 300) == 6 * one
+
+
+def test_products_are_the_operations_that_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        products.products(SMALL)()
+    assert counter.get_total_flops() == SMALL.flops("training")

@@ -119,6 +119,7 @@ def test_training_uses_the_same_blocks():
     x = torch.randn(256, 32, 64)
 
     def step():
+        module.zero_grad()
         module(x)[0].sum().backward()
 
     step()

@@ -1,9 +1,9 @@
 """Large blocks of CPU memory that are used again.
 
 malloc returns large blocks to the system as soon as they are freed, and the next call waits while
-the system finds and zeroes fresh pages: up to a tenth of a training step. So the blocks behind what
-a forward pass keeps, gradients and what a backward pass computes on the way come back here when
-their tensor dies, and wait for the next call.
+the system finds and zeroes fresh pages: up to a tenth of a training step, a third where that is one
+step of time. So the blocks behind what a forward pass keeps, gradients and what a backward pass
+computes on the way come back here when their tensor dies, and wait for the next call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-SMALLEST = 2 << 20  # bytes
+SMALLEST = 1 << 20  # bytes
 MOST_KEPT = 256 << 20  # bytes, of blocks not in use
 _HUGE_PAGE = 2 << 20
 
@@ -67,15 +67,17 @@ def _take(n_bytes: int) -> mmap.mmap | None:
 
 def _fresh(n_bytes: int) -> mmap.mmap | None:
     """A new block, or None if the system has no memory for it."""
-    size = -(-n_bytes // _HUGE_PAGE) * _HUGE_PAGE
+    page = _HUGE_PAGE if n_bytes >= _HUGE_PAGE else mmap.PAGESIZE
+    size = -(-n_bytes // page) * page
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
         block = mmap.mmap(-1, size, flags=flags)
     except OSError:
         empty_cache()
         return None
-    with suppress(OSError):  # a kernel without huge pages
-        block.madvise(mmap.MADV_HUGEPAGE)
+    if page == _HUGE_PAGE:
+        with suppress(OSError):  # a kernel without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
 

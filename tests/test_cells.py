@@ -115,6 +115,22 @@ def test_stocks_gradients_of_what_is_used_and_not_frozen(used, frozen):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
+def test_no_gradient_arrives():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx, _):
+            return None
+
+    for cell in (nn.LSTMCell(I, H), torch_manual.LSTMCell(I, H)):
+        h, _ = cell(torch.randn(B, I))
+        Stop.apply(h).sum().backward()
+        assert all(p.grad is None for p in cell.parameters())
+
+
 def test_outputs_may_be_changed_in_place():
     torch.manual_seed(0)
     stock, ours = nn.LSTMCell(I, H), torch_manual.LSTMCell(I, H)

@@ -208,10 +208,13 @@ class LSTMCellFunction(PositionalFunction):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, c, gates, cells, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        if dh is None and dc is None:
+            return (None,) * len(needs)
+        x, h, c, gates, cells, *weights = ctx.saved_tensors
         y = h  # of its shape: no step comes after that would look at y
-        if not torch.is_grad_enabled() and cpu_gradients.serves(x, weights, dh, dc, h, c, gates):
+        others = dh, dc, h, c, gates, cells
+        if not torch.is_grad_enabled() and cpu_gradients.serves(x, weights, *others):
             dx, dh0, dc0, _, _, *dweights = cpu_gradients.lstm_gradients(
                 needs, (dh, None, dc, None), x, h, c, None, y, gates, cells, weights
             )

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 import torch_manual
-from benchmarks.machine import cores_are_ours, describe, wait_for_cores
+from benchmarks.machine import cores_are_ours, wait_for_cores
 from benchmarks.measure import Block, block, no_garbage_collection
+from benchmarks.table import print_and_write
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = ("condition", "pass", "T B I H", "stock", "ours", "stock's time over ours", "")
@@ -138,19 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks: only Linux lets a process be kept on one core", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    found = []
-    with no_garbage_collection():
-        for row in rows(options.seconds):
-            found.append(row)
-            print("  ".join(row), flush=True)
-    lines = ["# Under other conditions", ""]
-    lines += [f"- {name}: {fact}" for name, fact in describe().items()]
-    lines += [f"- threads: {torch.get_num_threads()}", ""]
-    lines += [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *found)]
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "conditions.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+    with no_garbage_collection():
+        print_and_write(path, "Under other conditions", HEAD, rows(options.seconds))
     return 0
 
 

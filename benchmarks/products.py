@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES, Case
-from benchmarks.machine import describe
-from benchmarks.transforms import RESULTS, Comparison, write
+from benchmarks.table import print_and_write
+from benchmarks.transforms import HEAD, RESULTS, Comparison
 from benchmarks.workload import side
 
 
@@ -58,14 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    found = []
-    for comparison in comparisons():
-        found.append(comparison.row(options.seconds))
-        print("  ".join(found[-1]), flush=True)
-    path = options.out / "products.md"
-    facts = describe() | {"threads": str(options.threads)}
-    write(path, "A training step beside its products", found, facts)
-    print(f"written: {path}")
+    rows = (comparison.row(options.seconds) for comparison in comparisons())
+    print_and_write(options.out / "products.md", "A training step beside its products", HEAD, rows)
     return 0
 
 

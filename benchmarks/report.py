@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from benchmarks import plot
 from benchmarks.cases import Target
+from benchmarks.table import markdown_table, write_atomically
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,6 @@ def write(
     markdown = to_markdown(rows, machine, targets)
     write_atomically(out / f"{stem}.md", lambda path: path.write_text(markdown))
     write_atomically(out / f"{stem}.png", lambda path: plot.save(path, rows, machine))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -177,7 +165,7 @@ def to_markdown(
         "\n".join(f"- {name}: {value}" for name, value in machine.items()),
         EXPLANATION,
         f"## Targets, {threads} thread{'s' * (threads > 1)}",
-        _table(VERDICT_HEAD, [verdict.cells for verdict in verdicts(rows, targets)]),
+        markdown_table(VERDICT_HEAD, [verdict.cells for verdict in verdicts(rows, targets)]),
         *_limit_line(rows, threads),
         "## Rows",
         _row_table(rows),
@@ -227,7 +215,7 @@ def _row_table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
 def _ratio(ratio: float | None, status: str) -> str:
@@ -239,8 +227,3 @@ def _ratio(ratio: float | None, status: str) -> str:
 
 def _number(value: float | None, spec: str) -> str:
     return "—" if value is None else format(value, spec)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -29,8 +29,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
 import torch_manual
-from benchmarks.machine import describe, wait_for_cores
+from benchmarks.machine import wait_for_cores
 from benchmarks.measure import block, interleaved, no_garbage_collection, summarize
+from benchmarks.table import print_and_write
 
 RESULTS = Path(__file__).parent / "results"
 PARTIAL_RESULTS = Path("runs/benchmarks")
@@ -290,13 +291,6 @@ def rows(seconds: float) -> Iterator[tuple[str, ...]]:
     yield ("the longest compilation", f"{1e3 * compile_seconds:.0f}", "", "", "", "≤ 10000 ms", met)
 
 
-def write(path: Path, title: str, table: Sequence[Sequence[str]], facts: dict[str, str]) -> None:
-    lines = [f"# {title}", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""]
-    lines += [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *table)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.transforms", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a rough look, under a minute")
@@ -311,14 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "TF32 acceleration|Full backward hook")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    found = []
-    for row in rows(0.5 if options.quick else 3.0):
-        found.append(row)
-        print("  ".join(row), flush=True)
     path = (options.out or (PARTIAL_RESULTS if options.quick else RESULTS)) / "transforms.md"
-    facts = describe() | {"threads": str(options.threads)}
-    write(path, "Transforms", found, facts)
-    print(f"written: {path}")
+    print_and_write(path, "Transforms", HEAD, rows(0.5 if options.quick else 3.0))
     return 0
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_manual
 from benchmarks import __main__ as command
-from benchmarks import cases, machine, measure, memory, products, report, worker
+from benchmarks import cases, machine, measure, memory, products, report, table, worker
 from benchmarks.cases import CASES, TARGETS, Case, Target
 from benchmarks.check import Workload
 from benchmarks.measure import Block, Round
@@ -225,7 +225,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     (tmp_path / "a.md").write_text("old")
     with pytest.raises(OSError, match="disk full"):
-        report.write_atomically(tmp_path / "a.md", fail)
+        table.write_atomically(tmp_path / "a.md", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["a.md"]
     assert (tmp_path / "a.md").read_text() == "old"
 
@@ -345,3 +345,13 @@ def test_products_are_the_operations_that_are_counted():
     with FlopCounterMode(display=False) as counter:
         products.products(SMALL)()
     assert counter.get_total_flops() == SMALL.flops("training")
+
+
+def test_rows_are_printed_and_written(tmp_path, capsys):
+    path = tmp_path / "new" / "a.md"
+    table.print_and_write(path, "Title", ("what", "ms"), iter([("a", "1"), ("b", "2")]))
+    assert capsys.readouterr().out == f"a  1\nb  2\nwritten: {path}\n"
+    title, *facts, head, rule, a, b = [s for s in path.read_text().splitlines() if s]
+    assert (title, head, rule) == ("# Title", "| what | ms |", "| --- | --- |")
+    assert (a, b) == ("| a | 1 |", "| b | 2 |")
+    assert "- threads: 1" in facts

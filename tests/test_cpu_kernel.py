@@ -447,6 +447,11 @@ def test_denormals_are_zeros_within(instruction_set, grid):
         (2 << 20, 2, 32, 512, Grid(1, 1, 2), Grid(1, 2, 1)),  # 4 MiB for sixteen rows
         (2 << 20, 2, 31, 512, Grid(1, 1, 2), Grid(1, 1, 2)),
         (2 << 20, 2, 64, 513, Grid(1, 1, 2), Grid(1, 1, 2)),
+        (1 << 20, 2, 3, 33, Grid(1, 2, 1), Grid(1, 2, 1)),
+        (1 << 20, 8, 3, 48, Grid(1, 3, 1), Grid(1, 3, 1)),
+        (1 << 20, 2, 2, 96, Grid(1, 1, 2), Grid(1, 2, 1)),
+        (1 << 20, 2, 1, 64, Grid(1, 1, 2), Grid(1, 1, 2)),
+        (1 << 20, 2, 1, 32, Grid(), Grid()),
     ],
 )
 def test_what_threads_share(monkeypatch, cache, n, B, H, forward, backward):

@@ -131,6 +131,22 @@ def test_training_uses_the_same_blocks():
     assert set(memory._free) == address
 
 
+@torch.no_grad()
+def test_outputs_use_the_same_blocks_and_stay_as_they_are():
+    module = torch_manual.LSTM(64, 320, num_layers=2)
+    x = torch.randn(64, 32, 64)
+    y = module(x)[0]
+    assert memory.kept_bytes() >= 4 * y.numel()  # what the first layer put out
+    copy, between = y.clone(), set(memory._free)
+    z = module(2 * x)[0]
+    assert torch.equal(y, copy)
+    assert set(memory._free) == between
+    del y, z
+    kept = set(memory._free)
+    assert torch.equal(module(x)[0], copy)
+    assert set(memory._free) == kept
+
+
 def test_graph_alive_at_exit():
     script = (
         "import torch, torch_manual\n"

@@ -48,8 +48,7 @@ HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
 _WORTH_A_THREAD = 1_000_000  # multiplications
-_HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14
+_WORTH_WAITING = 8_000  # multiplications of a thread in a step
 
 
 class Grid(NamedTuple):
@@ -179,8 +178,10 @@ if hasattr(os, "register_at_fork"):
 def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> Grid:
     """The threads to use, by shape; `work` is the number of multiplications of one direction.
 
-    Threads that share the sequences never wait for one another, but each reads all weights; those
-    that share the units wait at every step, and a step must be worth it.
+    Threads that share the sequences never wait for one another, but each reads all weights: worth
+    it for four sequences a thread, and for any where units are few. Those that share the units wait
+    at every step, and a step must be worth it; in the backward pass they hand over four times as
+    much.
     """
     if _override.grid:
         return _override.grid
@@ -191,12 +192,15 @@ def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> G
     n //= directions
     if n == 1 or work < _WORTH_A_THREAD:
         return Grid(directions)
+    few_units = H <= (96 if backward else 48)
+    if T > 1 and few_units and 1 < B < 4 * n:
+        return Grid(directions, min(n, B))
     if T > 1 and 4 * n <= B:
         least = _least_units(4 * (work // (T * B)), B // n, H, backward)
         units = next((u for u in range(least, n) if n % u == 0), n)
         if units < n:
             return Grid(directions, n // units, units)
-    units = min(n, -(-H // 32), max(1, work // (T * 30_000)))
+    units = min(n, -(-H // 32), max(1, work // (T * _WORTH_WAITING)))
     return Grid(directions, units=units)
 
 
@@ -280,7 +284,7 @@ def run_forward(
     """Return y, h_n and c_n; `kept` are the addresses of gates, cells and c_kept, or 0."""
     x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     (N, I), (D, B, P), H = x.shape, h0.shape, c0.shape[2]
-    y, h_n, c_n = empty(x, N, D * P), torch.empty_like(h0), torch.empty_like(c0)
+    y, h_n, c_n = memory.empty(x, N, D * P), torch.empty_like(h0), torch.empty_like(c0)
     T, lengths = steps(N, B, batch_sizes)
     if T == 0:
         return y, h_n.copy_(h0), c_n.copy_(c0)
@@ -347,7 +351,7 @@ def lstm_dual(
     (N, I), (D, B, H) = x.shape, c0.shape
     T, lengths = steps(N, B, batch_sizes)
     shapes = [(N, D * H), (D, B, H), (D, B, H), *([(D, N, H)] if return_cells else [])]
-    out, tout = (tuple([empty(x, *shape) for shape in shapes]) for _ in range(2))
+    out, tout = (tuple([memory.empty(x, *shape) for shape in shapes]) for _ in range(2))
     if T == 0:
         for t, given in zip((*out[1:3], *tout[1:3]), (h0, c0, th0, tc0), strict=True):
             t.zero_() if given is None else t.copy_(given)
@@ -412,7 +416,7 @@ def lstm_backward(
     assert weight_hh is not None
     (D, N, _), (_, B, H), P = gates.shape, c0.shape, weight_hh.shape[1]
     dpre = memory.empty(gates, *gates.shape)
-    dh = empty(gates, D, N, P) if projected else gates.new_empty(D, 0)
+    dh = memory.empty(gates, D, N, P) if projected else gates.new_empty(D, 0)
     dh0, dc0 = gates.new_empty(D, B, P), torch.empty_like(c0)
     T, lengths = steps(N, B, batch_sizes)
     if T == 0:
@@ -444,26 +448,6 @@ def rows_of(dy: Tensor | None) -> tuple[Tensor | None, int]:
         return dy[:1].contiguous(), 0
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     return dy, dy.stride(0)
-
-
-def empty(like: Tensor, *shape: int) -> Tensor:
-    """`like.new_empty(shape)`; in huge pages if large, whose first touch costs a fraction."""
-    t = like.new_empty(shape)
-    if t.nbytes >= 2 * _HUGE_PAGE and _madvise is not None:
-        start = -(-t.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        _madvise(start, t.data_ptr() + t.nbytes - start, _MADV_HUGEPAGE)
-    return t
-
-
-def _find_madvise() -> Any:
-    if not sys.platform.startswith("linux"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return madvise
-
-
-_madvise = _find_madvise()
 
 
 def call(name: str, dtype: torch.dtype, arguments: bytes) -> None:

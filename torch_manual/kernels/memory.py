@@ -2,8 +2,10 @@
 
 malloc returns large blocks to the system as soon as they are freed, and the next call waits while
 the system finds and zeroes fresh pages: up to a tenth of a training step, a third where that is one
-step of time. So the blocks behind what a forward pass keeps, gradients and what a backward pass
-computes on the way come back here when their tensor dies, and wait for the next call.
+step of time. So the blocks behind outputs, what a forward pass keeps, gradients and what a backward
+pass computes on the way come back here when their tensor dies, and wait for the next call.
+
+Torch cannot resize such a tensor (`resize_`); all else it does with it as with its own.
 """
 
 from __future__ import annotations

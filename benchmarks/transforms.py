@@ -156,8 +156,9 @@ def first_order(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
     def forward() -> Tensor:
         return module(x)[0]
 
+    @torch.no_grad()
     def of_input() -> object:
-        return jvp(lambda x: functional_call(module, parameters, (x,))[0], (x,), (tx,))
+        return jvp(lambda x: module(x)[0], (x,), (tx,))
 
     def of_weights() -> object:
         return jvp(lambda p: functional_call(module, p, (x,))[0], (parameters,), (tangents,))
@@ -165,8 +166,7 @@ def first_order(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
     @torch.no_grad()
     def dual_input() -> object:
         with forward_ad.dual_level():
-            y = functional_call(module, parameters, (forward_ad.make_dual(x, tx),))[0]
-            return forward_ad.unpack_dual(y)
+            return forward_ad.unpack_dual(module(forward_ad.make_dual(x, tx))[0])
 
     @torch.no_grad()
     def dual_weights() -> object:

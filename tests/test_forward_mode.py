@@ -69,6 +69,18 @@ def test_an_input_may_require_grad():
     assert torch.autograd.gradcheck(tangent, (x, tx.requires_grad_()), fast_mode=True)
 
 
+@pytest.mark.parametrize("api", [jvp, with_dual_level])
+def test_without_gradients_parameters_need_not_be_frozen(api, no_function):
+    x, tx = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        (y,), (ty,) = api(lambda x: (lstm(x)[0],), (x,), (tx,))
+        ahead, behind = (lstm(x + e * tx)[0] for e in (1e-6, -1e-6))
+        torch.testing.assert_close(y, lstm(x)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ty, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)
+    assert not y.requires_grad
+    assert not ty.requires_grad
+
+
 def test_other_transforms_beside_it():
     frozen = {name: p.detach() for name, p in lstm.named_parameters()}
     x, tx = torch.randn(2, 6, 5, 3, dtype=torch.float64)

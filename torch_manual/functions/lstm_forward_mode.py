@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch_manual.kernels.lstm_dual import lstm_dual
 
 _functorch = torch._C._functorch
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
+# Those of forward_ad but for what torch.export needs, which does not come here.
+_make_dual, _unpack_dual = torch._VF._make_dual, torch._VF._unpack_dual
 
 
 def lstm_forward_mode(
@@ -45,8 +48,10 @@ def lstm_forward_mode(
             return None
         level = stack[0].level()
     parts = [_unpack(t, level) for t in (x, h0, c0, *weights)]
-    if any(t is not None and (t.requires_grad or _is_wrapped(t)) for dual in parts for t in dual):
-        return None
+    reverse = torch.is_grad_enabled()
+    for t in chain.from_iterable(parts):
+        if t is not None and ((reverse and t.requires_grad) or _is_wrapped(t)):
+            return None
     (x, tx), (h0, th0), (c0, tc0) = parts[:3]  # type: ignore[assignment]
     weights, tweights = zip(*parts[3:], strict=True)
     lowered = nullcontext() if level is None else retrieve_current_functorch_interpreter().lower()
@@ -54,7 +59,10 @@ def lstm_forward_mode(
         out, tout = lstm_dual(tx, th0, tc0, tweights, x, h0, c0, batch_sizes, weights, return_cells)
     if level is not None:
         out, tout = (tuple(_functorch._wrap_for_grad(t, level) for t in ts) for ts in (out, tout))
-    y, h_n, c_n, *cells = map(forward_ad.make_dual, out, tout)
+    dual_level = forward_ad._current_level
+    y, h_n, c_n, *cells = (
+        _make_dual(t, tangent, level=dual_level) for t, tangent in zip(out, tout, strict=True)
+    )
     return y, h_n, c_n, cells[0] if cells else c0
 
 
@@ -62,7 +70,7 @@ def _unpack(t: Tensor | None, level: int | None) -> tuple[Tensor | None, Tensor 
     """A primal and its tangent, or None for none; out of functorch's wrappers of `level`."""
     if t is None or (level is not None and not _is_wrapped(t)):
         return t, None
-    primal, tangent = forward_ad.unpack_dual(t)
+    primal, tangent = _unpack_dual(t, level=forward_ad._current_level)
     if level is not None:
         primal = _functorch._unwrap_for_grad(primal, level)
         tangent = None if tangent is None else _functorch._unwrap_for_grad(tangent, level)

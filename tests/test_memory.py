@@ -62,6 +62,13 @@ def test_sizes():
     assert memory.kept_bytes() > 2 * memory.SMALLEST
 
 
+@pytest.mark.parametrize("rows", [ROWS + 1, 2 * ROWS + 1, 8 * ROWS + 1, 40 * ROWS + 1])
+def test_blocks_are_at_most_a_quarter_larger_than_asked_for(rows):
+    memory.empty(LIKE, rows, 1024)
+    n_bytes = rows * 4096
+    assert n_bytes <= memory.kept_bytes() <= 1.25 * n_bytes
+
+
 def test_gradients_of_the_last_step_are_overwritten_only_when_freed():
     layer, x = torch_manual.LSTM(4, 512), torch.randn(3, 2, 4)
     layer(x)[0].sum().backward()

@@ -69,7 +69,7 @@ def _take(n_bytes: int) -> mmap.mmap | None:
 
 def _fresh(n_bytes: int) -> mmap.mmap | None:
     """A new block, or None if the system has no memory for it."""
-    page = _HUGE_PAGE if n_bytes >= _HUGE_PAGE else mmap.PAGESIZE
+    page = _HUGE_PAGE if n_bytes >= 4 * _HUGE_PAGE else mmap.PAGESIZE  # at most a quarter too much
     size = -(-n_bytes // page) * page
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
@@ -77,7 +77,7 @@ def _fresh(n_bytes: int) -> mmap.mmap | None:
     except OSError:
         empty_cache()
         return None
-    if page == _HUGE_PAGE:
+    if size >= _HUGE_PAGE:
         with suppress(OSError):  # a kernel without huge pages
             block.madvise(mmap.MADV_HUGEPAGE)
     return block

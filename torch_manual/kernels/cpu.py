@@ -180,7 +180,7 @@ def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> G
 
     Threads that share the sequences never wait for one another, but each reads all weights: worth
     it for four sequences a thread, and for any where units are few. Those that share the units wait
-    at every step, and a step must be worth it; in the backward pass they hand over four times as
+    at every step, and a step must be worth it. In the backward pass they hand over four times as
     much.
     """
     if _override.grid:
@@ -200,7 +200,8 @@ def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> G
         units = next((u for u in range(least, n) if n % u == 0), n)
         if units < n:
             return Grid(directions, n // units, units)
-    units = min(n, -(-H // 32), max(1, work // (T * _WORTH_WAITING)))
+    worth = (2 if backward else 1) * _WORTH_WAITING
+    units = min(n, -(-H // 32), max(1, work // (T * worth)))
     return Grid(directions, units=units)
 
 

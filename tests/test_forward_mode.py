@@ -81,6 +81,19 @@ def test_without_gradients_parameters_need_not_be_frozen(api, no_function):
     assert not ty.requires_grad
 
 
+@pytest.mark.parametrize("size", [(5, 3), (5, 2, 3), (5, 0, 3), (0, 5, 3), (2, 5, 3)])
+@pytest.mark.parametrize("api", [jvp, with_dual_level])
+def test_shapes(size, api, no_function):
+    batch_first = size in ((0, 5, 3), (2, 5, 3))
+    module = torch_manual.LSTM(3, 4, 2, bidirectional=True, batch_first=batch_first)
+    x = torch.randn(size)
+    with torch.no_grad():
+        y = module(x)[0]
+        (same,), (ty,) = api(lambda x: (module(x)[0],), (x,), (x,))
+    torch.testing.assert_close(same, y)
+    assert ty.shape == y.shape
+
+
 def test_other_transforms_beside_it():
     frozen = {name: p.detach() for name, p in lstm.named_parameters()}
     x, tx = torch.randn(2, 6, 5, 3, dtype=torch.float64)

@@ -329,6 +329,14 @@ def test_dropout_draws_stocks_numbers():
         assert torch.equal(ours(x)[0], ours(x)[0])
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_cells_of_an_empty_batch(grad):
+    module = torch_manual.LSTM(3, 4, bidirectional=True, return_cells=True)
+    with torch.set_grad_enabled(grad):
+        y, _, cells = module(torch.randn(5, 0, 3))
+    assert y.shape == cells.shape == (5, 0, 8)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_return_cells(case):
     sample = next(s for s in SAMPLES if s.id == "packed-two-layers")

@@ -35,7 +35,8 @@ def lstm_forward_mode(
 ) -> tuple[Tensor, ...] | None:
     """Return y, h_n, c_n and cells as dual tensors (F1 to F8, R1 to R8).
 
-    Without `return_cells` no cells are made, and c0 stands in their place.
+    y is shaped as x is, (T, B, ·) or rows. Without `return_cells` no cells are made, and c0 stands
+    in their place.
 
     None where something else than one level of forward mode is at work: a reverse pass that may
     follow, another transform, torch.compile.
@@ -56,7 +57,13 @@ def lstm_forward_mode(
     weights, tweights = zip(*parts[3:], strict=True)
     lowered = nullcontext() if level is None else retrieve_current_functorch_interpreter().lower()
     with torch.no_grad(), lowered, autocast_off(x):
-        out, tout = lstm_dual(tx, th0, tc0, tweights, x, h0, c0, batch_sizes, weights, return_cells)
+        rows = x.flatten(0, -2)
+        trows = None if tx is None else tx.flatten(0, -2)
+        out, tout = lstm_dual(
+            trows, th0, tc0, tweights, rows, h0, c0, batch_sizes, weights, return_cells
+        )
+        shape = (*x.shape[:-1], out[0].shape[-1])
+        out, tout = (out[0].view(shape), *out[1:]), (tout[0].view(shape), *tout[1:])
     if level is not None:
         out, tout = (tuple(_functorch._wrap_for_grad(t, level) for t in ts) for ts in (out, tout))
     dual_level = forward_ad._current_level

@@ -20,10 +20,8 @@ from benchmarks.machine import describe, fma_peak
 from benchmarks.measure import Timing, interleaved, summarize
 from benchmarks.memory import peak_mib
 from benchmarks.report import Row
+from benchmarks.table import PARTIAL_RESULTS, RESULTS
 from benchmarks.worker import malloc_can_keep_memory, run_block, worker
-
-RESULTS = Path(__file__).parent / "results"
-PARTIAL_RESULTS = Path("runs/benchmarks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,9 +27,8 @@ from torch import nn
 import torch_manual
 from benchmarks.machine import cores_are_ours, wait_for_cores
 from benchmarks.measure import Block, block, no_garbage_collection
-from benchmarks.table import print_and_write
+from benchmarks.table import RESULTS, print_and_write
 
-RESULTS = Path(__file__).parent / "results"
 HEAD = ("condition", "pass", "T B I H", "stock", "ours", "stock's time over ours", "")
 SHAPES = ((128, 16, 64, 64), (128, 32, 128, 128), (512, 8, 256, 256), (1000, 1, 64, 64))
 DENORMAL = 1e-40

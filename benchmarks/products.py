@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES, Case
-from benchmarks.table import print_and_write
-from benchmarks.transforms import HEAD, RESULTS, Comparison
+from benchmarks.table import RESULTS, print_and_write
+from benchmarks.transforms import HEAD, Comparison
 from benchmarks.workload import side
 
 

@@ -11,6 +11,9 @@ import torch
 
 from benchmarks.machine import describe
 
+RESULTS = Path(__file__).parent / "results"
+PARTIAL_RESULTS = Path("runs/benchmarks")
+
 
 def print_and_write(
     path: Path, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]

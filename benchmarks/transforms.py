@@ -31,10 +31,8 @@ from torch.func import functional_call, grad, jvp, vmap
 import torch_manual
 from benchmarks.machine import wait_for_cores
 from benchmarks.measure import block, interleaved, no_garbage_collection, summarize
-from benchmarks.table import print_and_write
+from benchmarks.table import PARTIAL_RESULTS, RESULTS, print_and_write
 
-RESULTS = Path(__file__).parent / "results"
-PARTIAL_RESULTS = Path("runs/benchmarks")
 BLOCK_SECONDS = 0.1
 HEAD = ("what", "ms", "compared with", "ms", "ratio", "asked", "")
 

@@ -87,23 +87,18 @@ def lstm_layer(
         x, h0, c0, *flat = autocast_cast(x, h0, c0, *flat)
         weights = by_direction(flat)
     _check(x, h0, c0, weights)
-    recomputing = recompute is not None and torch.is_grad_enabled()
-    duals = None if recomputing else lstm_forward_mode(x, h0, c0, batch_sizes, flat, return_cells)
-    if duals is not None:
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if recompute is not None and torch.is_grad_enabled():
+        y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
+    elif duals := lstm_forward_mode(rows, h0, c0, batch_sizes, flat, return_cells):
         y, h_n, c_n, cells = duals
+    elif _needs_graph(x, h0, c0, *flat):
+        y, h_n, c_n, cells, _ = _apply(rows, h0, c0, batch_sizes, *flat)
     else:
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if recomputing:
-            y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(
-                rows, h0, c0, batch_sizes, recompute, *flat
-            )
-        elif _needs_graph(x, h0, c0, *flat):
-            y, h_n, c_n, cells, _ = _apply(rows, h0, c0, batch_sizes, *flat)
-        else:
-            with autocast_off(x):
-                y, h_n, c_n, _, cells = lstm_forward(rows, h0, c0, batch_sizes, flat, return_cells)
-        if x.dim() == 3:
-            y = y.view(*x.shape[:-1], y.shape[-1])
+        with autocast_off(x):
+            y, h_n, c_n, _, cells = lstm_forward(rows, h0, c0, batch_sizes, flat, return_cells)
+    if x.dim() == 3:
+        y = y.view(*x.shape[:-1], y.shape[-1])
     if not return_cells:
         return y, h_n, c_n
     cells = cells.movedim(0, 1).flatten(1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ def lstm_forward_mode(
 ) -> tuple[Tensor, ...] | None:
     """Return y, h_n, c_n and cells as dual tensors (F1 to F8, R1 to R8).
 
-    y is shaped as x is, (T, B, ·) or rows. Without `return_cells` no cells are made, and c0 stands
-    in their place.
+    Without `return_cells` no cells are made, and c0 stands in their place.
 
     None where something else than one level of forward mode is at work: a reverse pass that may
     follow, another transform, torch.compile.
@@ -50,20 +48,14 @@ def lstm_forward_mode(
         level = stack[0].level()
     parts = [_unpack(t, level) for t in (x, h0, c0, *weights)]
     reverse = torch.is_grad_enabled()
-    for t in chain.from_iterable(parts):
-        if t is not None and ((reverse and t.requires_grad) or _is_wrapped(t)):
-            return None
+    tensors = [t for dual in parts for t in dual if t is not None]
+    if any((reverse and t.requires_grad) or _is_wrapped(t) for t in tensors):
+        return None
     (x, tx), (h0, th0), (c0, tc0) = parts[:3]  # type: ignore[assignment]
     weights, tweights = zip(*parts[3:], strict=True)
     lowered = nullcontext() if level is None else retrieve_current_functorch_interpreter().lower()
     with torch.no_grad(), lowered, autocast_off(x):
-        rows = x.flatten(0, -2)
-        trows = None if tx is None else tx.flatten(0, -2)
-        out, tout = lstm_dual(
-            trows, th0, tc0, tweights, rows, h0, c0, batch_sizes, weights, return_cells
-        )
-        shape = (*x.shape[:-1], out[0].shape[-1])
-        out, tout = (out[0].view(shape), *out[1:]), (tout[0].view(shape), *tout[1:])
+        out, tout = lstm_dual(tx, th0, tc0, tweights, x, h0, c0, batch_sizes, weights, return_cells)
     if level is not None:
         out, tout = (tuple(_functorch._wrap_for_grad(t, level) for t in ts) for ts in (out, tout))
     dual_level = forward_ad._current_level

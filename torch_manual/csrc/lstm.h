@@ -174,13 +174,19 @@ struct Segments {
     int64_t start(int64_t k) const { return chunks[segments[k]]; }
 };
 
-// The stride of rows of n numbers: whole cache lines, and no multiple of 1 KB, at which the rows of
-// a tile would share a few sets of the L1 cache.
+// Whether rows of this stride spread over the L1 cache. At a multiple of 1 KB those of a tile share a
+// few of its sets.
+template <typename real>
+bool spreads(int64_t stride) {
+    return stride * sizeof(real) % 1024 != 0;
+}
+
+// The stride of rows of n numbers: whole cache lines, and one that spreads.
 template <typename real>
 int64_t row_stride(int64_t n) {
     constexpr int64_t line = 64 / sizeof(real);
     const int64_t stride = round_up(n, line);
-    return stride * sizeof(real) % 1024 == 0 ? stride + line : stride;
+    return spreads<real>(stride) ? stride : stride + line;
 }
 
 // How a thread takes part in one direction: its sequences, its share of every list of panels.

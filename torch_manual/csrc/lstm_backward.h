@@ -22,17 +22,19 @@ struct Backward {
     int64_t pairs, panels_p;  // of 2L units, of 2L outputs
 
     // What the forward pass kept of this direction's steps [low, high), from row `first_row` on, and
-    // c before them, (B, H); dpre of this direction from row `first_dpre` on.
-    const real *gates, *cells, *c_entry;
+    // c before them, (B, H); dpre of this direction from row `first_dpre` on, in rows of `stride_to`, and
+    // that of the step before a run of steps, where it lies elsewhere.
+    const real *gates, *cells, *c_entry, *dpre_entry;
     real* to_dpre;
-    int64_t low, high, first_row, first_dpre;
+    int64_t low, high, first_row, first_dpre, stride_to;
 
     // Borrowed memory. Panels of 2L outputs: hh (4H, 2L). Of 2L units: hr (P, 2L), and the full
     // peepholes out of i and f, (2H, 2L), and out of o, (H, 2L).
     real *hh, *hr, *peep_if, *peep_o;
-    real* dpre[2];  // (B, stride_dpre): a step reads one and writes the other
+    real* dpre[2];  // (B, stride_dpre), unless `reread`: a step reads one and writes the other
     real* dh;       // (B, stride_dh), with weight_hr
     int64_t stride_dpre, stride_dh;
+    bool reread;  // a step reads the next one's dpre where it was written
 
     // One step as its tiles see it; row b of each is sequence b.
     struct Step {
@@ -53,12 +55,14 @@ struct Backward {
         const Sizes& s = a.sizes;
         T = s.T, B = s.B, H = s.H, P = s.P;
         pairs = (H + 2 * L - 1) / (2 * L), panels_p = (P + 2 * L - 1) / (2 * L);
-        stride_dpre = row_stride<real>(4 * H), stride_dh = row_stride<real>(P);
+        stride_to = args->dpre ? 4 * H : row_stride<real>(4 * H);
+        reread = spreads<real>(stride_to);
+        stride_dpre = reread ? stride_to : row_stride<real>(4 * H), stride_dh = row_stride<real>(P);
         hh = workspace.take<real>(panels_p * 4 * H * 2 * L);
         hr = workspace.take<real>(w.weight_hr ? pairs * P * 2 * L : 0);
         peep_if = workspace.take<real>(full() ? pairs * 2 * H * 2 * L : 0);
         peep_o = workspace.take<real>(full() ? pairs * H * 2 * L : 0);
-        for (int k = 0; k < 2; k++) dpre[k] = workspace.take<real>(B * stride_dpre);
+        for (int k = 0; k < 2; k++) dpre[k] = workspace.take<real>(reread ? 0 : B * stride_dpre);
         dh = workspace.take<real>(w.weight_hr ? B * stride_dh : 0);
     }
 
@@ -66,7 +70,8 @@ struct Backward {
     void start() {
         const int64_t row = direction * rows.start(T);
         gates = args->gates ? args->gates + row * 4 * H : nullptr;
-        cells = args->cells ? args->cells + row * H : nullptr, c_entry = nullptr;
+        cells = args->cells ? args->cells + row * H : nullptr;
+        c_entry = dpre_entry = nullptr;
         to_dpre = args->dpre ? args->dpre + row * 4 * H : nullptr;
         low = 0, high = T, first_row = first_dpre = 0;
     }
@@ -115,6 +120,7 @@ struct Backward {
             const int64_t next = reverse ? t - 1 : t + 1, prev = reverse ? t + 1 : t - 1;
             Step step = step_at(t, s, prev);
             step.going_on = rows.alive(next), step.has_prev = rows.alive(prev);
+            if (reread) step.dpre_next = k == 0 && dpre_entry ? dpre_entry : dpre_of(next);
             run_step(part, step, rows.alive(t));
             finish(part, step, step.has_prev, rows.alive(t));
         }
@@ -125,15 +131,20 @@ struct Backward {
         Step step = {};
         step.turn = s;
         step.row = row, step.row_prev = rows.alive(prev) ? direction * N + rows.start(prev) : 0;
-        step.dpre_next = dpre[~s & 1], step.dpre_kept = dpre[s & 1];
+        step.dpre = dpre_of(t);
+        step.dpre_next = dpre[~s & 1], step.dpre_kept = reread ? step.dpre : dpre[s & 1];
         if (args->dy) step.dy = args->dy + start * args->stride_dy + direction * P;
         step.gates = gates + (start - first_row) * 4 * H;
         step.cells = cells + (start - first_row) * H;
         step.cells_prev = rows.alive(prev) ? cells_of(prev) : nullptr;
         if (args->dcells) step.dcells = args->dcells + row * H;
-        step.dpre = to_dpre + (start - first_dpre) * 4 * H;
         if (w.weight_hr) step.dh = args->dh + row * P;
         return step;
+    }
+
+    // Where dpre of step t lies, or null if there is no such step.
+    real* dpre_of(int64_t t) const {
+        return rows.alive(t) ? to_dpre + (rows.start(t) - first_dpre) * stride_to : nullptr;
     }
 
     // c of step t, or of the one before [low, high).
@@ -292,7 +303,7 @@ struct Backward {
 #pragma GCC unroll 4
         for (int64_t g = 0; g < 4; g++) {
             wanted.add_to_read(step.gates + b * 4 * H + g * H + u);
-            wanted.add_to_write(step.dpre + b * 4 * H + g * H + u);
+            wanted.add_to_write(step.dpre + b * stride_to + g * H + u);
         }
         wanted.add_to_read(step.cells + b * H + u);
         if (b < step.has_prev) wanted.add_to_read(step.cells_prev + b * H + u);
@@ -315,8 +326,7 @@ struct Backward {
         real* dc_carry = args->dc0 + (direction * B + b) * H + u;
         vec dc = load(dc_carry, lanes) + dm * o * ((real)1 - tanh_c * tanh_c);  // B4
         if (step.dcells) dc += load(step.dcells + b * H + u, lanes);
-        store(step.dpre + b * 4 * H + 3 * H + u, dpre_o, lanes);
-        store(step.dpre_kept + b * stride_dpre + 3 * H + u, dpre_o, lanes);
+        keep(step, b, 3 * H + u, dpre_o, lanes);
         if (full()) return store(dc_carry, dc, lanes);
         if (w.weight_co) dc += dpre_o * load(w.weight_co + u, lanes);
         gates_back(step, b, u, dc);
@@ -335,9 +345,14 @@ struct Backward {
         if (!full() && w.weight_ci) dc_prev += dpre_i * load(w.weight_ci + u, lanes);
         if (!full() && w.weight_cf) dc_prev += dpre_f * load(w.weight_cf + u, lanes);
         store(args->dc0 + (direction * B + b) * H + u, dc_prev, lanes);
-        real *to = step.dpre + b * 4 * H + u, *kept = step.dpre_kept + b * stride_dpre + u;
-        store(to, dpre_i, lanes), store(to + H, dpre_f, lanes), store(to + 2 * H, dpre_g, lanes);
-        store(kept, dpre_i, lanes), store(kept + H, dpre_f, lanes), store(kept + 2 * H, dpre_g, lanes);
+        keep(step, b, u, dpre_i, lanes), keep(step, b, H + u, dpre_f, lanes);
+        keep(step, b, 2 * H + u, dpre_g, lanes);
+    }
+
+    // Writes dpre of sequence b from number `at` of 4H on, for the sums and for the step before.
+    INLINE void keep(const Step& step, int64_t b, int64_t at, vec dpre, int64_t lanes) const {
+        store(step.dpre + b * stride_to + at, dpre, lanes);
+        if (!reread) store(step.dpre_kept + b * stride_dpre + at, dpre, lanes);
     }
 
     // The same of the tangent, R10 to R16.

@@ -54,7 +54,7 @@ struct Gradients {
     InputSums<real> input;
     WeightSums<real> weight[2];
     Barrier *of_backward, *of_forward;  // of the threads that share the units of a direction
-    real* dpre[2][2];  // of a chunk, (·, 4H), one being summed while the next one is made
+    real* dpre[2][2];  // of a chunk, one being summed while the next one is made
     real *gates[2], *cells[2];  // of a segment, with `recompute`
 
     Gradients(const GradientsArguments<real>& a, int64_t threads)
@@ -66,14 +66,15 @@ struct Gradients {
         forward_args = {again,   a.unpacked, 0,       0,       a.x,     a.h0,
                         a.c0,    nullptr,    nullptr, nullptr, nullptr, nullptr,
                         nullptr, {a.weights[0], a.weights[1]}};
-        input_args = {a.N, sizes.I, 4 * H, D, threads, a.dx, {nullptr, nullptr},
+        const int64_t stride_dpre = a.dpre ? 4 * H : row_stride<real>(4 * H);
+        input_args = {a.N, sizes.I, 4 * H, stride_dpre, D, threads, a.dx, {nullptr, nullptr},
                       {a.weights[0].weight_ih, a.weights[1].weight_ih}};
         for (int64_t d = 0; d < D; d++) {
             real* const* to = a.dweights[d];
             real* dbias = to[BIAS_IH] ? to[BIAS_IH] : to[BIAS_HH];
-            weight_args[d] = {a.N, sizes.I, H, 4 * H, threads, 1, nullptr, a.x, a.y + d * H,
-                              to[IH], to[HH], dbias, a.h0 + d * B * H, D * H, d, T, B,
-                              sizes.batch_sizes};
+            weight_args[d] = {a.N, sizes.I, H, 4 * H, threads, 1, stride_dpre, nullptr, a.x,
+                              a.y + d * H, to[IH], to[HH], dbias, a.h0 + d * B * H, D * H, d,
+                              T, B, sizes.batch_sizes};
         }
     }
 
@@ -87,7 +88,7 @@ struct Gradients {
         for (int64_t d = 0; d < D; d++) {
             backward[d].plan(workspace, backward_args, d, rows);
             weight[d].plan(workspace, weight_args[d]);
-            const int64_t made = args.dpre ? 0 : chunk * 4 * H;
+            const int64_t made = args.dpre ? 0 : chunk * backward[d].stride_to;
             dpre[d][0] = workspace.take<real>(made);
             dpre[d][1] = workspace.take<real>(chunk < args.N ? made : 0);
             if (!args.recompute) continue;
@@ -183,6 +184,12 @@ struct Gradients {
         if (!args.dpre) {
             b.to_dpre = dpre[d][turn & 1];
             b.first_dpre = rows.start(chunk(d, turn).begin);
+            if (turn > 0) {
+                const Range before = chunk(d, turn - 1);
+                const int64_t row = rows.start(d ? before.end - 1 : before.begin);
+                b.dpre_entry =
+                    dpre[d][~turn & 1] + (row - rows.start(before.begin)) * b.stride_to;
+            }
         }
         if (args.recompute) {
             const int64_t segment = segment_of(chunk_at(d, turn));
@@ -198,7 +205,7 @@ struct Gradients {
         const Range steps = chunk(d, turn);
         const Range of = {rows.start(steps.begin), rows.start(steps.end)};
         const Backward<real> b = pass(d, turn);
-        const real* dpre = b.to_dpre + (of.begin - b.first_dpre) * 4 * H;
+        const real* dpre = b.to_dpre + (of.begin - b.first_dpre) * b.stride_to;
         if (args.dx) {
             const int64_t other = segments.n_chunks - 1 - turn;  // when the other direction was here
             input.run_rows(thread, threads, d, dpre, of, D == 2 && (d ? other <= turn : other < turn));
@@ -224,8 +231,9 @@ struct Gradients {
                 c_prev[k] = before(b, t, b_of_t);
                 if (++b_of_t == rows.alive(t)) t++, b_of_t = 0;
             }
-            add_peepholes(units, H, b.to_dpre + (row - b.first_dpre) * 4 * H, c_prev,
-                          b.cells + (row - b.first_row) * H, count, dweight, add || row > begin);
+            add_peepholes(units, H, b.to_dpre + (row - b.first_dpre) * b.stride_to, b.stride_to,
+                          c_prev, b.cells + (row - b.first_row) * H, count, dweight,
+                          add || row > begin);
         }
     }
 

@@ -10,9 +10,9 @@ namespace {
 
 template <typename real>
 struct InputSumsArguments {
-    int64_t N, I, K, D, threads;  // K = 4H
+    int64_t N, I, K, stride_dpre, D, threads;  // K = 4H
     real* dx;                     // (N, I)
-    const real* dpre[2];          // (N, K) of each direction
+    const real* dpre[2];          // (N, K) of each direction, in rows of stride_dpre
     const real* weight_ih[2];     // (K, I)
 };
 
@@ -20,6 +20,7 @@ template <typename real>
 struct WeightSumsArguments {
     int64_t N, I, P, M, threads;  // M = 4H
     int64_t samples;              // S: each has N rows and sums of its own
+    int64_t stride_dpre;          // between the rows of a sample
     const real* dpre;             // (N, S, M)
     const real* x;                // (N, S, I), or null
     const real* h_prev;           // (N, S, P), or null
@@ -115,7 +116,8 @@ struct InputSums {
             const real* weight = whole ? self->packed_weight[d] + panel * a.K * 2 * L
                                        : a.weight_ih[d] + panel * 2 * L;
             vec sum[ROWS][VECS];
-            product<false>(sum, dpre + row * a.K, a.K, weight, whole ? 2 * L : a.I, a.K, asked);  // B10
+            product<false>(sum, dpre + row * a.stride_dpre, a.stride_dpre, weight,
+                           whole ? 2 * L : a.I, a.K, asked);  // B10
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < VECS; v++) {
                     const int64_t i = (2 * panel + v) * L;
@@ -132,6 +134,7 @@ struct WeightSums {
     static constexpr int L = Vector<real>::lanes;
     static constexpr int R = wide_rows, V = 4;  // of a tile: rows of the weight, vectors
     static constexpr int64_t depth = 128;  // terms of a sum, in two halves: longer ones lose accuracy
+    static constexpr int64_t most_direct = 2304 * V * VECTOR_BYTES;  // bytes: 576 KB in AVX-512
     static constexpr int64_t tile_size = depth * R + 64 / sizeof(real);
 
     const WeightSumsArguments<real>* args;
@@ -139,9 +142,15 @@ struct WeightSums {
 
     int64_t tiles() const { return (args->M + R - 1) / R; }
 
+    // Whether the tiles read dpre where it is: if the terms of a sum stay near the core. The wider tiles
+    // are, the fewer times they read it.
+    bool direct() const {
+        return args->M >= R && depth * args->stride_dpre * (int64_t)sizeof(real) <= most_direct;
+    }
+
     void plan(Workspace& workspace, const WeightSumsArguments<real>& a) {
         args = &a;
-        packed_dpre = workspace.take<real>(tiles() * tile_size);
+        packed_dpre = workspace.take<real>(direct() ? 0 : tiles() * tile_size);
         packed_columns = workspace.take<real>(a.threads * depth * V * L);
     }
 
@@ -171,15 +180,17 @@ struct WeightSums {
             const Range of = share(N, part, parts);
             const Terms terms = {sample, summed.begin + of.begin, of.end - of.begin,
                                  add || part > 0};
-            pack(mine, dpre + of.begin * a.samples * a.M, terms);
+            const real* of_part = dpre + of.begin * a.stride_dpre;
+            if (!direct()) pack(mine, of_part, terms);
+            if (a.dbias) add_bias(mine, of_part, terms);
             if (a.dweight_ih) {
                 for (int64_t k = 0; k < terms.count; k++) rows[k] = row(a.x, a.I, terms, k);
-                add_columns(mine, columns, rows, a.dweight_ih, a.I, terms);  // B11
+                add_columns(mine, of_part, columns, rows, a.dweight_ih, a.I, terms);  // B11
             }
             if (a.dweight_hh) {
                 for (int64_t k = 0; k < terms.count; k++)
                     rows[k] = a.h0 ? before(at) : row(a.h_prev, a.P, terms, k);
-                add_columns(mine, columns, rows, a.dweight_hh, a.P, terms);  // B12
+                add_columns(mine, of_part, columns, rows, a.dweight_hh, a.P, terms);  // B12
             }
         }
     }
@@ -217,10 +228,9 @@ struct WeightSums {
 
     void pack(Range mine, const real* dpre, const Terms& terms) const {
         const auto& a = *args;
-        const int64_t stride = a.samples * a.M;
         const int64_t begin = mine.begin * R, end = least(mine.end * R, a.M);
         for (int64_t k = 0; k < terms.count; k++) {
-            const real* from = dpre + k * stride;
+            const real* from = dpre + k * a.stride_dpre;
             int64_t m = begin;
             real* to = packed_dpre + mine.begin * tile_size + k * R;
             for (; m < end && m + W <= a.M; m += R, to += tile_size)
@@ -228,14 +238,18 @@ struct WeightSums {
             for (; m < end; m += R, to += tile_size)
                 for (int64_t r = 0; r < R; r++) to[r] = m + r < end ? from[m + r] : 0;
         }
-        if (!a.dbias) return;
+    }
+
+    void add_bias(Range mine, const real* dpre, const Terms& terms) const {
+        const auto& a = *args;
+        const int64_t begin = mine.begin * R, end = least(mine.end * R, a.M);
         real* dbias = a.dbias + terms.sample * a.M;
         for (int64_t m = begin; m < end; m += L) {
             vec sum[8] = {};
             for (int64_t k = 0; k < terms.count; k += 8)
 #pragma GCC unroll 8
                 for (int j = 0; j < 8; j++)
-                    if (k + j < terms.count) sum[j] += load(dpre + (k + j) * stride + m, end - m);
+                    if (k + j < terms.count) sum[j] += load(dpre + (k + j) * a.stride_dpre + m, end - m);
             vec total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
             if (terms.add) total += load(dbias + m, end - m);
             store(dbias + m, total, end - m);  // B13
@@ -243,8 +257,8 @@ struct WeightSums {
     }
 
     // Adds dpreᵀ times `rows` over the terms to `to`, or for the first terms sets it.
-    void add_columns(Range mine, real* columns, const real* const* rows, real* to, int64_t width,
-                     const Terms& terms) const {
+    void add_columns(Range mine, const real* dpre, real* columns, const real* const* rows, real* to,
+                     int64_t width, const Terms& terms) const {
         to += terms.sample * args->M * width;
         for (int64_t first = 0; first < width; first += V * L) {
             const int64_t vectors = least(V, (width - first + L - 1) / L);
@@ -254,47 +268,72 @@ struct WeightSums {
                     store(columns + (k * vectors + v) * L,
                           load(rows[k] + column, width - column));
                 }
-            for (int64_t t = mine.begin; t < mine.end; t++) {
-                real* at = to + t * R * width + first;
-                switch (vectors) {
-                    case 1: add_tile<1>(t, columns, at, width, width - first, terms); break;
-                    case 2: add_tile<2>(t, columns, at, width, width - first, terms); break;
-                    case 3: add_tile<3>(t, columns, at, width, width - first, terms); break;
-                    default: add_tile<V>(t, columns, at, width, width - first, terms);
-                }
+            switch (vectors) {
+                case 1: add_tiles<1>(mine, dpre, columns, to + first, width, width - first, terms); break;
+                case 2: add_tiles<2>(mine, dpre, columns, to + first, width, width - first, terms); break;
+                case 3: add_tiles<3>(mine, dpre, columns, to + first, width, width - first, terms); break;
+                default: add_tiles<V>(mine, dpre, columns, to + first, width, width - first, terms);
             }
         }
     }
 
     template <int VECS>
-    static INLINE void sum_terms(vec (&to)[R][VECS], const real* dpre, const real* columns,
-                                 int64_t first, int64_t end) {
+    void add_tiles(Range mine, const real* dpre, const real* columns, real* to, int64_t width,
+                   int64_t left, const Terms& terms) const {
+        for (int64_t t = mine.begin; t < mine.end; t++)
+            if (direct())
+                add_tile<VECS, true>(direct_tile(t, dpre), columns, to, width, left, terms);
+            else
+                add_tile<VECS, false>(packed_tile(t), columns, to, width, left, terms);
+    }
+
+    // R rows of the weight from `first` on: of their sums over dpre, those in `wanted` are added.
+    struct Tile {
+        const real* dpre;
+        int64_t first;
+        Range wanted;
+    };
+
+    Tile packed_tile(int64_t t) const {
+        const int64_t first = t * R;
+        return {packed_dpre + t * tile_size, first, {0, least(R, args->M - first)}};
+    }
+
+    // The last tile begins early, so that nothing beyond a row is read.
+    Tile direct_tile(int64_t t, const real* dpre) const {
+        const int64_t first = least(t * R, args->M - R);
+        return {dpre + first, first, {t * R - first, R}};
+    }
+
+    template <int VECS>
+    static INLINE void sum_terms(vec (&to)[R][VECS], const real* dpre, int64_t stride,
+                                 const real* columns, int64_t first, int64_t end) {
         vec sum[R][VECS] = {};
         for (int64_t k = first; k < end; k++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
                 for (int v = 0; v < VECS; v++)
-                    sum[r][v] += dpre[k * R + r] * load(columns + (k * VECS + v) * L);
+                    sum[r][v] += dpre[k * stride + r] * load(columns + (k * VECS + v) * L);
         memcpy(to, sum, sizeof(sum));
     }
 
-    template <int VECS>
-    NOINLINE void add_tile(int64_t t, const real* columns, real* to, int64_t width,
-                                            int64_t left, const Terms& terms) const {
-        const real* dpre = packed_dpre + t * tile_size;
-        const int64_t rows = least(R, args->M - t * R);
-        for (int64_t r = 0; r < rows; r++)
+    template <int VECS, bool DIRECT>
+    NOINLINE void add_tile(const Tile& tile, const real* columns, real* to, int64_t width,
+                           int64_t left, const Terms& terms) const {
+        to += tile.first * width;
+        for (int64_t r = tile.wanted.begin; r < tile.wanted.end; r++)
             for (int64_t v = 0; v < VECS; v++) __builtin_prefetch(to + r * width + v * L, 1);
         vec half[R][VECS], sum[R][VECS];
-        sum_terms<VECS>(half, dpre, columns, 0, terms.count / 2);
+        const int64_t stride = DIRECT ? args->stride_dpre : R;
+        sum_terms<VECS>(half, tile.dpre, stride, columns, 0, terms.count / 2);
         __asm__("" : "+m"(half));  // in memory, while the other half needs the registers
-        sum_terms<VECS>(sum, dpre, columns, terms.count / 2, terms.count);
+        sum_terms<VECS>(sum, tile.dpre, stride, columns, terms.count / 2, terms.count);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
             for (int v = 0; v < VECS; v++) {
-                if (r >= rows) continue;
+                if (r < tile.wanted.begin || r >= tile.wanted.end) continue;
                 real* at = to + r * width + v * L;
                 const vec before = terms.add ? load(at, left - v * L) : vec{};
                 store(at, before + (half[r][v] + sum[r][v]), left - v * L);
@@ -303,10 +342,12 @@ struct WeightSums {
 };
 
 // Sets the gradients of the diagonal peepholes of units [begin, end), or adds to them, over `count`
-// rows of dpre (·, 4H) and c (·, H); c_prev has every row's c_{t-1}. A null gradient is not made.
+// rows of dpre (·, stride_dpre) and c (·, H); c_prev has every row's c_{t-1}. A null gradient is not
+// made.
 template <typename real>
-void add_peepholes(const Range& units, int64_t H, const real* dpre, const real* const* c_prev,
-                   const real* c, int64_t count, real* const (&dweight)[3], bool add) {
+void add_peepholes(const Range& units, int64_t H, const real* dpre, int64_t stride_dpre,
+                   const real* const* c_prev, const real* c, int64_t count,
+                   real* const (&dweight)[3], bool add) {
     using vec = vec_of<real>;
     constexpr int64_t L = Vector<real>::lanes;
     for (int64_t u = units.begin; u < units.end; u += L)
@@ -318,7 +359,7 @@ void add_peepholes(const Range& units, int64_t H, const real* dpre, const real* 
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++)
                     if (k + j < count)
-                        sum[j] += load(dpre + (k + j) * 4 * H + (g < 2 ? g : 3) * H + u, lanes) *
+                        sum[j] += load(dpre + (k + j) * stride_dpre + (g < 2 ? g : 3) * H + u, lanes) *
                                   load((g < 2 ? c_prev[k + j] : c + (k + j) * H) + u, lanes);
             vec total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
             if (add) total += load(dweight[g] + u, lanes);
@@ -343,8 +384,8 @@ int run_peephole_sums(const PeepholeSumsArguments<real>& a) {
         for (int64_t n = 0; n < a.N; n += depth) {
             const int64_t count = least(depth, a.N - n);
             for (int64_t k = 0; k < count; k++) c_prev[k] = a.c_prev + (n + k) * a.H;
-            add_peepholes(mine, a.H, a.dpre + n * 4 * a.H, c_prev, a.c + n * a.H, count, a.dweight,
-                          n > 0);
+            add_peepholes(mine, a.H, a.dpre + n * 4 * a.H, 4 * a.H, c_prev, a.c + n * a.H, count,
+                          a.dweight, n > 0);
         }
     });
     return 0;

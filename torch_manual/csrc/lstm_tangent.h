@@ -81,8 +81,7 @@ NOINLINE void Backward<real, tangent>::cell_tangents(const Step& step, int64_t b
     vec dc = load(args->dc_next + state, lanes) + dm * o * slope;
     if (args->dc_given) dc += load(args->dc_given + row, lanes);
     store(args->dc_next + state, dc, lanes);
-    store(step.dpre + b * 4 * H + 3 * H + u, tdpre_o, lanes);
-    store(step.dpre_kept + b * stride_dpre + 3 * H + u, tdpre_o, lanes);
+    keep(step, b, 3 * H + u, tdpre_o, lanes);
     if (full()) return store(args->dc0 + state, tdc, lanes);
     if (w.weight_co) tdc += tdpre_o * load(w.weight_co + u, lanes);
     gate_tangents_back(step, b, u, tdc);
@@ -111,10 +110,8 @@ NOINLINE void Backward<real, tangent>::gate_tangents_back(const Step& step, int6
     if (!full() && w.weight_cf) tdc_prev += tdpre_f * load(w.weight_cf + u, lanes);
     store(args->dc0 + state, tdc_prev, lanes);
     store(args->dc_next + state, dc * f, lanes);
-    real *to = step.dpre + b * 4 * H + u, *kept = step.dpre_kept + b * stride_dpre + u;
-    store(to, tdpre_i, lanes), store(to + H, tdpre_f, lanes), store(to + 2 * H, tdpre_g, lanes);
-    store(kept, tdpre_i, lanes), store(kept + H, tdpre_f, lanes);
-    store(kept + 2 * H, tdpre_g, lanes);
+    keep(step, b, u, tdpre_i, lanes), keep(step, b, H + u, tdpre_f, lanes);
+    keep(step, b, 2 * H + u, tdpre_g, lanes);
 }
 
 }  // namespace

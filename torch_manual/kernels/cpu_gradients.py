@@ -95,8 +95,7 @@ def lstm_gradients(
     T, lengths = cpu.steps(N, B, batch_sizes)
     dx = memory.empty(x, N, I) if needs[0] else None
     rows = chunk_rows(H, x.element_size())
-    in_full = keep_dpre or (H > SMALL and not recompute)
-    dpre = memory.empty(x, D, N, 4 * H) if in_full else None
+    dpre = memory.empty(x, D, N, 4 * H) if keep_dpre else None
     dh0, dc0 = torch.empty_like(h0) if needs[1] else None, torch.empty_like(c0)
     dweights = [
         memory.empty_like(w) if need and w is not None else None

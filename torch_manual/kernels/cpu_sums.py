@@ -15,10 +15,10 @@ from torch import Tensor
 from torch_manual.kernels import cpu, memory
 
 DTYPES = (torch.float32, torch.float64)
-_input_sums_arguments = struct.Struct("10q").pack
+_input_sums_arguments = struct.Struct("11q").pack
 _NOT_DELAYED = (0,) * 6
 _peephole_sums_arguments = struct.Struct("9q").pack
-_weight_sums_arguments = struct.Struct("18q").pack
+_weight_sums_arguments = struct.Struct("19q").pack
 
 
 def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:
@@ -30,7 +30,7 @@ def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Ten
     cpu.call(
         "lstm_input_sums",
         dx.dtype,
-        _input_sums_arguments(N, I, K, D, threads, dx.data_ptr(), *addresses),
+        _input_sums_arguments(N, I, K, K, D, threads, dx.data_ptr(), *addresses),
     )
     return dx
 
@@ -60,7 +60,7 @@ def lstm_weight_sums(
         "lstm_weight_sums",
         dpre.dtype,
         _weight_sums_arguments(
-            *(N, *widths, M, cpu.threads(N * S * M * sum(widths)), S, dpre.data_ptr()),
+            *(N, *widths, M, cpu.threads(N * S * M * sum(widths)), S, S * M, dpre.data_ptr()),
             *(0 if t is None else t.data_ptr() for t in given),
             *(t.data_ptr() for t in results),
             *_NOT_DELAYED,

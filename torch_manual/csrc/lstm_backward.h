@@ -55,7 +55,7 @@ struct Backward {
         const Sizes& s = a.sizes;
         T = s.T, B = s.B, H = s.H, P = s.P;
         pairs = (H + 2 * L - 1) / (2 * L), panels_p = (P + 2 * L - 1) / (2 * L);
-        stride_to = args->dpre ? 4 * H : row_stride<real>(4 * H);
+        stride_to = stride_of(args->dpre, H);
         reread = spreads<real>(stride_to);
         stride_dpre = reread ? stride_to : row_stride<real>(4 * H), stride_dh = row_stride<real>(P);
         hh = workspace.take<real>(panels_p * 4 * H * 2 * L);
@@ -64,6 +64,11 @@ struct Backward {
         peep_o = workspace.take<real>(full() ? pairs * H * 2 * L : 0);
         for (int k = 0; k < 2; k++) dpre[k] = workspace.take<real>(reread ? 0 : B * stride_dpre);
         dh = workspace.take<real>(w.weight_hr ? B * stride_dh : 0);
+    }
+
+    // The stride of the rows of dpre: dense in what is handed out, else padded.
+    static int64_t stride_of(const real* dpre, int64_t H) {
+        return dpre ? 4 * H : row_stride<real>(4 * H);
     }
 
     // What a plan cannot know while `starts` is not filled.

@@ -66,7 +66,7 @@ struct Gradients {
         forward_args = {again,   a.unpacked, 0,       0,       a.x,     a.h0,
                         a.c0,    nullptr,    nullptr, nullptr, nullptr, nullptr,
                         nullptr, {a.weights[0], a.weights[1]}};
-        const int64_t stride_dpre = a.dpre ? 4 * H : row_stride<real>(4 * H);
+        const int64_t stride_dpre = Backward<real>::stride_of(a.dpre, H);
         input_args = {a.N, sizes.I, 4 * H, stride_dpre, D, threads, a.dx, {nullptr, nullptr},
                       {a.weights[0].weight_ih, a.weights[1].weight_ih}};
         for (int64_t d = 0; d < D; d++) {

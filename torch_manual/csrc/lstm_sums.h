@@ -268,67 +268,56 @@ struct WeightSums {
                     store(columns + (k * vectors + v) * L,
                           load(rows[k] + column, width - column));
                 }
-            switch (vectors) {
-                case 1: add_tiles<1>(mine, dpre, columns, to + first, width, width - first, terms); break;
-                case 2: add_tiles<2>(mine, dpre, columns, to + first, width, width - first, terms); break;
-                case 3: add_tiles<3>(mine, dpre, columns, to + first, width, width - first, terms); break;
-                default: add_tiles<V>(mine, dpre, columns, to + first, width, width - first, terms);
+            for (int64_t t = mine.begin; t < mine.end; t++) {
+                const Tile tile = tile_at(t, dpre);
+                real* at = to + tile.first * width + first;
+                switch (vectors) {
+                    case 1: add_tile<1>(tile, columns, at, width, width - first, terms); break;
+                    case 2: add_tile<2>(tile, columns, at, width, width - first, terms); break;
+                    case 3: add_tile<3>(tile, columns, at, width, width - first, terms); break;
+                    default: add_tile<V>(tile, columns, at, width, width - first, terms);
+                }
             }
         }
     }
 
-    template <int VECS>
-    void add_tiles(Range mine, const real* dpre, const real* columns, real* to, int64_t width,
-                   int64_t left, const Terms& terms) const {
-        for (int64_t t = mine.begin; t < mine.end; t++)
-            if (direct())
-                add_tile<VECS, true>(direct_tile(t, dpre), columns, to, width, left, terms);
-            else
-                add_tile<VECS, false>(packed_tile(t), columns, to, width, left, terms);
-    }
-
-    // R rows of the weight from `first` on: of their sums over dpre, those in `wanted` are added.
+    // R rows of the weight from `first` on: of their sums over dpre, those in `wanted` are added. Their
+    // numbers for term k + 1 lie `stride` after those for k.
     struct Tile {
         const real* dpre;
-        int64_t first;
+        int64_t stride, first;
         Range wanted;
     };
 
-    Tile packed_tile(int64_t t) const {
-        const int64_t first = t * R;
-        return {packed_dpre + t * tile_size, first, {0, least(R, args->M - first)}};
-    }
-
-    // The last tile begins early, so that nothing beyond a row is read.
-    Tile direct_tile(int64_t t, const real* dpre) const {
-        const int64_t first = least(t * R, args->M - R);
-        return {dpre + first, first, {t * R - first, R}};
+    Tile tile_at(int64_t t, const real* dpre) const {
+        const int64_t M = args->M, first = t * R;
+        if (!direct()) return {packed_dpre + t * tile_size, R, first, {0, least(R, M - first)}};
+        const int64_t early = least(first, M - R);  // of the last tile: nothing beyond a row is read
+        return {dpre + early, args->stride_dpre, early, {first - early, R}};
     }
 
     template <int VECS>
-    static INLINE void sum_terms(vec (&to)[R][VECS], const real* dpre, int64_t stride,
-                                 const real* columns, int64_t first, int64_t end) {
+    static INLINE void sum_terms(vec (&to)[R][VECS], const Tile& tile, const real* columns,
+                                 int64_t first, int64_t end) {
         vec sum[R][VECS] = {};
         for (int64_t k = first; k < end; k++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
                 for (int v = 0; v < VECS; v++)
-                    sum[r][v] += dpre[k * stride + r] * load(columns + (k * VECS + v) * L);
+                    sum[r][v] += tile.dpre[k * tile.stride + r] * load(columns + (k * VECS + v) * L);
         memcpy(to, sum, sizeof(sum));
     }
 
-    template <int VECS, bool DIRECT>
+    template <int VECS>
     NOINLINE void add_tile(const Tile& tile, const real* columns, real* to, int64_t width,
                            int64_t left, const Terms& terms) const {
-        to += tile.first * width;
         for (int64_t r = tile.wanted.begin; r < tile.wanted.end; r++)
             for (int64_t v = 0; v < VECS; v++) __builtin_prefetch(to + r * width + v * L, 1);
         vec half[R][VECS], sum[R][VECS];
-        const int64_t stride = DIRECT ? args->stride_dpre : R;
-        sum_terms<VECS>(half, tile.dpre, stride, columns, 0, terms.count / 2);
+        sum_terms<VECS>(half, tile, columns, 0, terms.count / 2);
         __asm__("" : "+m"(half));  // in memory, while the other half needs the registers
-        sum_terms<VECS>(sum, tile.dpre, stride, columns, terms.count / 2, terms.count);
+        sum_terms<VECS>(sum, tile, columns, terms.count / 2, terms.count);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4

@@ -300,13 +300,29 @@ struct WeightSums {
     static INLINE void sum_terms(vec (&to)[R][VECS], const Tile& tile, const real* columns,
                                  int64_t first, int64_t end) {
         vec sum[R][VECS] = {};
+#pragma GCC unroll terms_at_once
         for (int64_t k = first; k < end; k++)
+            add_term(sum, tile.dpre + k * tile.stride, columns + k * VECS * L);
+        memcpy(to, sum, sizeof(sum));
+    }
+
+    // sum[r][v] += a[r] · b[v]. Of the two the fewer stay in registers, beside all sums.
+    template <int VECS>
+    static INLINE void add_term(vec (&sum)[R][VECS], const real* a, const real* b) {
+        if constexpr (R < VECS) {
+            vec numbers[R];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) numbers[r] = broadcast(a[r]);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECS; v++)
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) sum[r][v] += numbers[r] * load(b + v * L);
+        } else {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                for (int v = 0; v < VECS; v++)
-                    sum[r][v] += tile.dpre[k * tile.stride + r] * load(columns + (k * VECS + v) * L);
-        memcpy(to, sum, sizeof(sum));
+                for (int v = 0; v < VECS; v++) sum[r][v] += a[r] * load(b + v * L);
+        }
     }
 
     template <int VECS>

@@ -15,10 +15,12 @@ namespace {
 constexpr int wide_rows = 6;    // × 4 vectors
 constexpr int narrow_rows = 8;  // × 2 vectors
 constexpr int gates_at_once = 4;
+constexpr int terms_at_once = 1;
 #else
 constexpr int wide_rows = 3;
 constexpr int narrow_rows = 6;
 constexpr int gates_at_once = 2;
+constexpr int terms_at_once = 2;  // in a loop, whose counting is a sixth of the instructions of one
 #endif
 constexpr int gate_rows = 6;  // × a vector of each of `gates_at_once`
 
@@ -142,6 +144,7 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
                 __builtin_prefetch(asked.lines().first + next_line * 64);
                 add_twice();
             }
+#pragma GCC unroll terms_at_once
         for (; k + SETS <= end; k += SETS) add_terms();
         for (; k < end; k++)
 #pragma GCC unroll 12

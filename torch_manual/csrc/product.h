@@ -20,7 +20,7 @@ constexpr int terms_at_once = 1;
 constexpr int wide_rows = 3;
 constexpr int narrow_rows = 6;
 constexpr int gates_at_once = 2;
-constexpr int terms_at_once = 2;  // in a loop, whose counting is a sixth of the instructions of one
+constexpr int terms_at_once = 2;  // in a turn of a loop: counting is a sixth of the instructions of one
 #endif
 constexpr int gate_rows = 6;  // × a vector of each of `gates_at_once`
 

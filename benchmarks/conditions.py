@@ -5,7 +5,9 @@
 - last step's loss: dy is 0 but for the last step, so that gradients decay on their way back.
 
 A row says how many times as long a call takes as it does otherwise, for stock and for ours, and
-stock's time over ours then. Ours is not to be slowed more than stock.
+stock's time over ours then. Ours is not to be slowed more than stock. A busy core is met by fewer
+threads (torch_manual/kernels/crowding.py), so that a measurement lasts long enough to see that, and
+there is a pause before the next one.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ HEAD = ("condition", "pass", "T B I H", "stock", "ours", "stock's time over ours
 SHAPES = ((128, 16, 64, 64), (128, 32, 128, 128), (512, 8, 256, 256), (1000, 1, 64, 64))
 DENORMAL = 1e-40
 NOISE = 1.05  # measurements of the same thing differ by as much
+BLOCK_SECONDS = 0.15
+PAUSE = 0.6  # seconds, until all threads are back
 
 Run = Callable[[], Block]
 
@@ -58,7 +62,7 @@ def blocks(
                 y, _ = module(x, (h, c))
             return torch.autograd.grad(y, leaves, dy) if training else y
 
-        return block(step)
+        return block(step, seconds=BLOCK_SECONDS)
 
     return of(stock), of(ours)
 
@@ -92,6 +96,7 @@ def slowdown(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds) < 3:
         order = 1 if len(rounds) % 2 else -1
+        time.sleep(PAUSE)
         wait_for_cores()
         before = [run().seconds for run in calm[::order]][::order]
         switch(True)
@@ -131,7 +136,7 @@ def rows(seconds: float) -> Iterator[tuple[str, ...]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.conditions", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a row")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a row")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of conditions.md")
     options = parser.parse_args(arguments)
     if not hasattr(os, "sched_setaffinity"):

@@ -450,7 +450,7 @@ def test_denormals_are_zeros_within(instruction_set, grid):
         (1 << 20, 2, 3, 33, Grid(1, 2, 1), Grid(1, 2, 1)),
         (1 << 20, 8, 3, 48, Grid(1, 3, 1), Grid(1, 3, 1)),
         (1 << 20, 2, 2, 96, Grid(1, 1, 2), Grid(1, 2, 1)),
-        (1 << 20, 2, 1, 64, Grid(1, 1, 2), Grid()),
+        (1 << 20, 2, 1, 64, Grid(1, 1, 2), Grid(1, 1, 2)),
         (1 << 20, 2, 1, 96, Grid(1, 1, 2), Grid(1, 1, 2)),
         (1 << 20, 2, 1, 32, Grid(), Grid()),
     ],

@@ -1,5 +1,4 @@
-// The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return 0, or 1
-// when memory ran out.
+// The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return an Outcome.
 #include <unistd.h>
 
 #include "lstm_dual.h"

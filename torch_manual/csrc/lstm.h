@@ -230,10 +230,23 @@ inline void set_barriers(Barrier* barriers, const Grid& grid) {
         barriers[k] = Barrier((int)grid.units);
 }
 
+// What a call returns.
+enum Outcome { DONE, NO_MEMORY, CROWDED };
+
+// CROWDED if threads that meet at every step waited for one without a core in two fifths of the time
+// since `start` or more, else DONE.
+inline Outcome outcome_of(const Barrier* barriers, const Grid& grid, int64_t start) {
+    const int64_t enough = (nanoseconds() - start) * 2 / 5;
+    for (int64_t k = 0; k < grid.directions * grid.batches; k++)
+        if (barriers[k].lost() > enough) return CROWDED;
+    return DONE;
+}
+
 // Runs both directions of a Forward or Backward pass on the grid. `Pass` has plan(), start(), prepare(),
 // the share of one thread in what comes before the first step, and run().
 template <typename Pass, typename Arguments>
-int run_layer(const Arguments& a) {
+Outcome run_layer(const Arguments& a) {
+    const int64_t begun = nanoseconds();
     const Sizes& sizes = a.sizes;
     Workspace workspace;
     Rows rows;
@@ -241,7 +254,7 @@ int run_layer(const Arguments& a) {
     Barrier* barriers = nullptr;
     const int64_t n_barriers = sizes.grid.directions * sizes.grid.batches;
     for (int pass = 0; pass < 2; pass++) {
-        if (pass == 1 && !workspace.allocate()) return 1;
+        if (pass == 1 && !workspace.allocate()) return NO_MEMORY;
         rows.plan(workspace, sizes);
         barriers = workspace.take<Barrier>(n_barriers);
         for (int64_t d = 0; d < sizes.D; d++) directions[d].plan(workspace, a, d, rows);
@@ -256,7 +269,7 @@ int run_layer(const Arguments& a) {
         for (int64_t d = role.directions.begin; d < role.directions.end; d++)
             directions[d].run(role.part, role.batch);
     });
-    return 0;
+    return outcome_of(barriers, sizes.grid, begun);
 }
 
 }  // namespace

@@ -417,9 +417,15 @@ struct Forward {
             for (int r = 0; r < ROWS; r++) f.prefetch(*step, row + r, u);
             const real* h_prev = step->h_prev + row * f.stride_h;
             const real* W_hh = hh + (panel - first) * f.P * 4 * L;
-            if (!tangent && f.fused) {
-                const real* W_ih = ih + (panel - first) * f.I * 4 * L;
-                f.set_input(sum, step->x + row * f.I, W_ih, panel);
+            const real* pre = step->pre + row * f.stride_pre + u;
+            const bool input_first = !tangent && (f.fused || f.P > longest_sum);
+            if (input_first) {
+                if (f.fused)
+                    f.set_input(sum, step->x + row * f.I, ih + (panel - first) * f.I * 4 * L, panel);
+                else
+                    for (int r = 0; r < ROWS; r++)
+                        for (int g = 0; g < 4; g++)
+                            sum[r][g] = load(pre + r * f.stride_pre + g * f.H, lanes);
                 gate_product<true>(sum, h_prev, f.stride_h, W_hh, f.P, ahead);  // F1
             } else {
                 gate_product<false>(sum, h_prev, f.stride_h, W_hh, f.P, ahead);
@@ -434,9 +440,8 @@ struct Forward {
             }
             vec c[ROWS];
             for (int r = 0; r < ROWS; r++) {
-                const real* pre = step->pre + (row + r) * f.stride_pre + u;
-                if (!f.fused)
-                    for (int g = 0; g < 4; g++) sum[r][g] += load(pre + g * f.H, lanes);  // F1, R1
+                for (int g = 0; g < 4 && !input_first; g++)
+                    sum[r][g] += load(pre + r * f.stride_pre + g * f.H, lanes);  // F1, R1
                 c[r] = f.new_cell(*step, row + r, u, sum[r]);
             }
             if (tangent || f.full()) return;

@@ -12,6 +12,7 @@ struct GradientsArguments {
     Sizes sizes;          // the grid is that of the backward recurrence
     Grid forward_grid;    // of the forward pass, with `recompute`
     int64_t N, threads;   // of the sums
+    int64_t spared;       // threads to leave out: others take on their shares, for the same bits
     int64_t unpacked;     // as in ForwardArguments
     int64_t recompute;    // K: the forward pass kept `c_kept`, and is run again; 0: gates and cells
     int64_t chunk_rows;   // of Segments
@@ -41,7 +42,7 @@ struct Gradients {
 
     const GradientsArguments<real>& args;
     const Sizes& sizes;
-    const int64_t T, B, H, D;
+    const int64_t T, B, H, D, shares;  // of the sums
     BackwardArguments<real> backward_args;
     ForwardArguments<real> forward_args;
     InputSumsArguments<real> input_args;
@@ -57,8 +58,9 @@ struct Gradients {
     real* dpre[2][2];  // of a chunk, one being summed while the next one is made
     real *gates[2], *cells[2];  // of a segment, with `recompute`
 
-    Gradients(const GradientsArguments<real>& a, int64_t threads)
-        : args(a), sizes(a.sizes), T(sizes.T), B(sizes.B), H(sizes.H), D(sizes.D) {
+    Gradients(const GradientsArguments<real>& a)
+        : args(a), sizes(a.sizes), T(sizes.T), B(sizes.B), H(sizes.H), D(sizes.D),
+          shares(a.threads > grid_size() ? a.threads : grid_size()) {
         backward_args = {sizes,  a.dy, a.stride_dy, a.dh_n, a.dc_n,  a.dcells, a.c0, a.gates,
                          a.cells, a.dpre, nullptr,  a.dh0,  a.dc0, {a.weights[0], a.weights[1]}};
         Sizes again = sizes;
@@ -67,15 +69,25 @@ struct Gradients {
                         a.c0,    nullptr,    nullptr, nullptr, nullptr, nullptr,
                         nullptr, {a.weights[0], a.weights[1]}};
         const int64_t stride_dpre = Backward<real>::stride_of(a.dpre, H);
-        input_args = {a.N, sizes.I, 4 * H, stride_dpre, D, threads, a.dx, {nullptr, nullptr},
+        input_args = {a.N, sizes.I, 4 * H, stride_dpre, D, shares, a.dx, {nullptr, nullptr},
                       {a.weights[0].weight_ih, a.weights[1].weight_ih}};
         for (int64_t d = 0; d < D; d++) {
             real* const* to = a.dweights[d];
             real* dbias = to[BIAS_IH] ? to[BIAS_IH] : to[BIAS_HH];
-            weight_args[d] = {a.N, sizes.I, H, 4 * H, threads, 1, stride_dpre, nullptr, a.x,
+            weight_args[d] = {a.N, sizes.I, H, 4 * H, shares, 1, stride_dpre, nullptr, a.x,
                               a.y + d * H, to[IH], to[HH], dbias, a.h0 + d * B * H, D * H, d,
                               T, B, sizes.batch_sizes};
         }
+    }
+
+    int64_t grid_size() const {
+        const int64_t again = args.recompute ? args.forward_grid.size() : 1;
+        return sizes.grid.size() > again ? sizes.grid.size() : again;
+    }
+
+    int64_t threads() const {
+        const int64_t left = shares - args.spared;
+        return left > grid_size() ? left : grid_size();
     }
 
     void plan(Workspace& workspace) {
@@ -134,7 +146,9 @@ struct Gradients {
                 pass(d, turn).run_steps(back.part, steps.begin, steps.end);
             }
             everyone.wait();
-            for (int64_t d = 0; d < D; d++) sum(d, turn, thread, threads);
+            const Range mine = share(shares, thread, threads);
+            for (int64_t k = mine.begin; k < mine.end; k++)
+                for (int64_t d = 0; d < D; d++) sum(d, turn, k);
         }
         everyone.wait();
         for (int64_t d = 0; d < D && thread == 0; d++) {
@@ -200,26 +214,25 @@ struct Gradients {
         return b;
     }
 
-    // What a chunk adds to the sums.
-    void sum(int64_t d, int64_t turn, int64_t thread, int64_t threads) const {
+    // One share of what a chunk adds to the sums.
+    void sum(int64_t d, int64_t turn, int64_t index) const {
         const Range steps = chunk(d, turn);
         const Range of = {rows.start(steps.begin), rows.start(steps.end)};
         const Backward<real> b = pass(d, turn);
         const real* dpre = b.to_dpre + (of.begin - b.first_dpre) * b.stride_to;
         if (args.dx) {
             const int64_t other = segments.n_chunks - 1 - turn;  // when the other direction was here
-            input.run_rows(thread, threads, d, dpre, of, D == 2 && (d ? other <= turn : other < turn));
+            input.run_rows(index, shares, d, dpre, of, D == 2 && (d ? other <= turn : other < turn));
         }
         const WeightSumsArguments<real>& w = weight_args[d];
         if (w.dweight_ih || w.dweight_hh || w.dbias)
-            weight[d].run_rows(thread, threads, 0, dpre, of, {steps.begin, 0, of.begin}, turn > 0);
+            weight[d].run_rows(index, shares, 0, dpre, of, {steps.begin, 0, of.begin}, turn > 0);
         real* const* to = args.dweights[d];
-        if (to[CI] || to[CF] || to[CO]) sum_peepholes(b, steps, turn > 0, thread, threads);
+        if (to[CI] || to[CF] || to[CO]) sum_peepholes(b, steps, turn > 0, index);
     }
 
-    void sum_peepholes(const Backward<real>& b, const Range& steps, bool add, int64_t thread,
-                       int64_t threads) const {
-        const Range units = share_units<real>(H, thread, threads);
+    void sum_peepholes(const Backward<real>& b, const Range& steps, bool add, int64_t index) const {
+        const Range units = share_units<real>(H, index, shares);
         real* const* to = args.dweights[b.direction];
         real* const dweight[3] = {to[CI], to[CF], to[CO]};
         const int64_t begin = rows.start(steps.begin), end = rows.start(steps.end);
@@ -246,19 +259,18 @@ struct Gradients {
 };
 
 template <typename real>
-int run_gradients(const GradientsArguments<real>& a) {
-    int64_t threads = a.threads > a.sizes.grid.size() ? a.threads : a.sizes.grid.size();
-    if (a.recompute && a.forward_grid.size() > threads) threads = a.forward_grid.size();
+Outcome run_gradients(const GradientsArguments<real>& a) {
+    const int64_t begun = nanoseconds();
     Workspace workspace;
-    Gradients<real> gradients(a, threads);
+    Gradients<real> gradients(a);
     gradients.plan(workspace);
-    if (!workspace.allocate()) return 1;
+    if (!workspace.allocate()) return NO_MEMORY;
     gradients.plan(workspace);
     gradients.start();
-    run_on(Grid{1, 1, threads}, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
+    run_on(Grid{1, 1, gradients.threads()}, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
         gradients.run(thread, grid.size(), everyone);
     });
-    return 0;
+    return outcome_of(gradients.of_backward, a.sizes.grid, begun);
 }
 
 }  // namespace

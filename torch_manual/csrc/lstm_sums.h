@@ -381,7 +381,7 @@ Range share_units(int64_t H, int64_t thread, int64_t threads) {
 }
 
 template <typename real>
-int run_peephole_sums(const PeepholeSumsArguments<real>& a) {
+Outcome run_peephole_sums(const PeepholeSumsArguments<real>& a) {
     constexpr int64_t depth = WeightSums<real>::depth;
     run_on(Grid{1, 1, a.threads}, [&](int64_t thread, const Grid& grid, Barrier&) {
         const Range mine = share_units<real>(a.H, thread, grid.size());
@@ -393,22 +393,22 @@ int run_peephole_sums(const PeepholeSumsArguments<real>& a) {
                           a.dweight, n > 0);
         }
     });
-    return 0;
+    return DONE;
 }
 
 template <typename Sums, typename Arguments>
-int run_sums(const Arguments& a) {
+Outcome run_sums(const Arguments& a) {
     Workspace workspace;
     Sums sums;
     sums.plan(workspace, a);
-    if (!workspace.allocate()) return 1;
+    if (!workspace.allocate()) return NO_MEMORY;
     sums.plan(workspace, a);
     run_on(Grid{1, 1, a.threads}, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
         sums.prepare(thread, grid.size());
         everyone.wait();
         sums.run(thread, grid.size());
     });
-    return 0;
+    return DONE;
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <sched.h>
+#include <time.h>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -17,11 +18,20 @@
 
 namespace {
 
+inline int64_t nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * (int64_t)1000000000 + now.tv_nsec;
+}
+
 // A barrier among few threads that meet very often. A thread spins for some microseconds, then
 // leaves its core to whoever else wants it.
 class Barrier {
   public:
     explicit Barrier(int n) : n_threads(n) {}
+
+    // Nanoseconds that a thread waited for others which had no core, as a mean over the threads.
+    int64_t lost() const { return lost_by_all / (n_threads > 1 ? n_threads - 1 : 1); }
 
     void wait() {
         if (n_threads == 1) return;
@@ -31,14 +41,21 @@ class Barrier {
             __atomic_store_n(&turns, turn + 1, __ATOMIC_RELEASE);
             return;
         }
-        for (int spins = 0; __atomic_load_n(&turns, __ATOMIC_ACQUIRE) == turn; spins++)
-            if (spins < 4000)
+        int64_t spins = 0, since = 0;
+        for (; __atomic_load_n(&turns, __ATOMIC_ACQUIRE) == turn; spins++) {
+            if (spins == usual_spins) since = nanoseconds();
+            if (spins < most_spins)
                 pause();
             else
                 sched_yield();
+        }
+        if (spins > most_spins)
+            __atomic_add_fetch(&lost_by_all, nanoseconds() - since, __ATOMIC_RELAXED);
     }
 
   private:
+    static constexpr int64_t usual_spins = 250, most_spins = 4000;
+
     static void pause() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
@@ -50,6 +67,7 @@ class Barrier {
     alignas(128) int n_threads;
     alignas(128) int arrived = 0;
     alignas(128) int64_t turns = 0;
+    alignas(128) int64_t lost_by_all = 0;
 };
 
 // The threads of a call stand in a grid: directions × batch parts × unit parts. Threads that differ

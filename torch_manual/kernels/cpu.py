@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import backend, memory
+from torch_manual.kernels import backend, crowding, memory
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 FOLDER = Path(
@@ -180,8 +180,7 @@ def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> G
 
     Threads that share the sequences never wait for one another, but each reads all weights: worth
     it for four sequences a thread, and for any where units are few. Those that share the units wait
-    at every step, and a step must be worth it. In the backward pass they hand over four times as
-    much.
+    at every step, and a step must be worth it.
     """
     if _override.grid:
         return _override.grid
@@ -200,9 +199,15 @@ def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> G
         units = next((u for u in range(least, n) if n % u == 0), n)
         if units < n:
             return Grid(directions, n // units, units)
-    worth = (2 if backward else 1) * _WORTH_WAITING
-    units = min(n, -(-H // 32), max(1, work // (T * worth)))
+    units = min(n, -(-H // 32), max(1, work // (T * _WORTH_WAITING)))
     return Grid(directions, units=units)
+
+
+def thinned(grid: Grid) -> Grid:
+    """`grid`, or fewer threads that share units while these would wait for a core."""
+    if grid.units == 1 or _override.grid:
+        return grid
+    return grid._replace(units=max(1, grid.units - crowding.spared()))
 
 
 def _least_units(size: int, rows: int, H: int, backward: bool) -> int:
@@ -295,7 +300,7 @@ def run_forward(
         "lstm_forward",
         x.dtype,
         _forward_arguments(
-            *(T, B, I, H, P, D, full, reverse, *grid(T, B, work, H, D), lengths),
+            *(T, B, I, H, P, D, full, reverse, *thinned(grid(T, B, work, H, D)), lengths),
             *(unpacked(T, N), recompute, chunk_rows),
             *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), *kept),
@@ -426,11 +431,12 @@ def lstm_backward(
         return dpre, dh, dh0, dc0
     dy, stride_dy = rows_of(dy)
     work = N * 4 * H * P
+    threads_of = thinned(grid(T, B, work, H, D, backward=True))
     call(
         "lstm_backward",
         dtype,
         _backward_arguments(
-            *(T, B, 0, H, P, D, full, reverse, *grid(T, B, work, H, D, backward=True), lengths),
+            *(T, B, 0, H, P, D, full, reverse, *threads_of, lengths),
             *(0 if dy is None else dy.data_ptr(), stride_dy),
             *(0 if t is None else t.data_ptr() for t in (dh_n, dc_n, dcells)),
             *(c0.data_ptr(), gates.data_ptr(), cells.data_ptr()),
@@ -452,7 +458,10 @@ def rows_of(dy: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def call(name: str, dtype: torch.dtype, arguments: bytes) -> None:
-    if _run(_functions()[name, dtype], arguments):
+    outcome = _run(_functions()[name, dtype], arguments)
+    if outcome == crowding.CROWDED:
+        crowding.note()
+    elif outcome:
         raise MemoryError(f"{name}: no memory for the packed weights")
 
 

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import backend, cpu, memory
+from torch_manual.kernels import backend, cpu, crowding, memory
 from torch_manual.kernels.cpu_sums import DTYPES
 from torch_manual.kernels.lstm import LSTMWeights, dispatched
 
 SMALL = 256  # units: beyond, the weights that a chunk's sums read leave no cache for its dpre
 _N_WEIGHTS = len(LSTMWeights._fields)
 _NOTHING = (0,) * _N_WEIGHTS
-_arguments = struct.Struct(f"{12 + 3 + 5 + 16 + 4 * _N_WEIGHTS}q").pack
+_arguments = struct.Struct(f"{12 + 3 + 6 + 16 + 4 * _N_WEIGHTS}q").pack
 
 
 def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) -> bool:
@@ -107,9 +107,10 @@ def lstm_gradients(
         x.dtype,
         _arguments(
             *(T, B, I, H, H, D, 0, False),
-            *(*cpu.grid(T, B, N * 4 * H * H, H, D, backward=True), lengths),
-            *cpu.grid(T, B, N * 4 * H * (I + H), H, D),
-            *(N, cpu.threads(N * 4 * H * (I + H)), cpu.unpacked(T, N), recompute, rows),
+            *(*cpu.thinned(cpu.grid(T, B, N * 4 * H * H, H, D, backward=True)), lengths),
+            *cpu.thinned(cpu.grid(T, B, N * 4 * H * (I + H), H, D)),
+            *(N, cpu.threads(N * 4 * H * (I + H)), crowding.spared()),
+            *(cpu.unpacked(T, N), recompute, rows),
             *_addresses((x, h0, c0, y, gates, cells, c_kept, dy)),
             stride_dy,
             *_addresses((dh_n, dc_n, dcells, dpre, dh0, dc0, dx)),

@@ -1,0 +1,126 @@
+"""Fewer threads while another process has the core of one of them: when, and to the same bits."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernel_problems import BUILT, CLASSES, problem
+from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
+from torch_manual.kernels import cpu, cpu_gradients, crowding
+from torch_manual.kernels.cpu import Grid
+from torch_manual.kernels.lstm import lstm_backward, lstm_forward
+
+pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that `crowding` reads, to be set."""
+    now = [1000.0]
+    for name, value in (("_last", 0.0), ("_until", 0.0), ("_spared", 0)):
+        monkeypatch.setattr(crowding, name, value)
+    monkeypatch.setattr(crowding.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_two_crowded_calls_soon_after_each_other_spare_a_thread_for_a_while(clock):
+    crowding.note()
+    assert crowding.spared() == 0
+    clock[0] += 0.1
+    crowding.note()
+    assert crowding.spared() == 1
+    clock[0] += 0.1
+    crowding.note()  # with one thread less
+    assert crowding.spared() == 2
+    clock[0] += 0.4
+    assert crowding.spared() == 2
+    clock[0] += 0.2
+    assert crowding.spared() == 0
+    crowding.note()
+    clock[0] += 0.3
+    crowding.note()
+    assert crowding.spared() == 0
+
+
+def test_only_threads_that_share_units_are_spared(monkeypatch):
+    monkeypatch.setattr(crowding, "spared", lambda: 1)
+    assert cpu.thinned(Grid(2, 1, 4)) == Grid(2, 1, 3)
+    assert cpu.thinned(Grid(1, 1, 2)) == cpu.thinned(Grid()) == Grid()
+    assert cpu.thinned(Grid(2, 3, 1)) == Grid(2, 3, 1)
+    with cpu.override(grid=Grid(1, 1, 2)):
+        assert cpu.thinned(Grid(1, 1, 2)) == Grid(1, 1, 2)
+
+
+def passes(p, grid):
+    with cpu.override(grid=grid):
+        forward = lstm_forward(*p[:5], True)
+        return *forward, *lstm_backward(*p.outer, p.c0, p.batch_sizes, p.weights, *forward[3:])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_bits_do_not_depend_on_who_has_which_units(instruction_set, name):
+    for sizes in ((4, 5, 9, 100), (3, 1, 5, 70), (1, 9, 5, 40)):
+        for dtype in (torch.float32, torch.float64):
+            p = problem(*sizes, **CLASSES[name]).to(dtype)
+            with cpu.override(instruction_set=instruction_set):
+                alone, *shared = (passes(p, Grid(1, 1, n)) for n in (1, 2, 3))
+            for results in shared:
+                assert all(map(torch.equal, results, alone)), (sizes, dtype)
+
+
+@pytest.mark.parametrize("instruction_set", BUILT)
+@pytest.mark.parametrize(("I", "H"), [(40, 400), (300, 300)])
+def test_bits_do_not_depend_on_where_the_input_part_is_made(instruction_set, I, H):
+    """Two threads have few enough weights each to make it at its step, one has not."""
+    p = problem(3, 8, I, H).to(torch.float32)
+    with cpu.override(instruction_set=instruction_set):
+        assert all(map(torch.equal, passes(p, Grid(1, 1, 1)), passes(p, Grid(1, 1, 2))))
+
+
+@pytest.mark.parametrize("name", ["dense", "bidirectional", "packed", "diagonal"])
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_threads_take_on_the_shares_of_those_spared(monkeypatch, instruction_set, name):
+    monkeypatch.setattr(cpu_gradients, "chunk_rows", lambda *_: 9)
+    monkeypatch.setattr(cpu, "threads", lambda _: 4)
+    monkeypatch.setattr(cpu, "grid", lambda *_, **__: Grid())
+    for sizes in ((7, 5, 9, 50), (5, 3, 20, 17)):
+        p = problem(*sizes, **CLASSES[name]).to(torch.float32)
+        needs = True, True, True, *(w is not None for w in p.weights)
+        y, _, _, gates, cells = lstm_forward(*p[:5], True)
+        results = []
+        for spared in (0, 1, 2, 5):
+            monkeypatch.setattr(crowding, "spared", lambda n=spared: n)
+            with cpu.override(instruction_set=instruction_set):
+                found = lstm_gradients(
+                    needs, p.outer, Primal(*p[:4], y, gates, cells, p.weights), keep_dpre=False
+                )
+            results.append([t for t in found if t is not None])
+        for thinned in results[1:]:
+            assert all(map(torch.equal, thinned, results[0])), sizes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a process on one core")
+def test_two_threads_on_one_core_notice():
+    """They would take turns at every step. Soon there is one; and again two when asked later."""
+    script = """
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+import torch, torch_manual
+from torch_manual.kernels import cpu, crowding
+torch.set_num_threads(2)
+layer, x = torch_manual.LSTM(64, 64), torch.randn(1000, 1, 64)
+def grid():
+    return cpu.grid(1000, 1, 1000 * 4 * 64 * 128, 64, 1)
+assert grid() == cpu.Grid(1, 1, 2) == cpu.thinned(grid())
+with torch.no_grad():
+    expected = layer(x)[0]
+    for _ in range(3):
+        assert torch.equal(layer(x)[0], expected)
+assert cpu.thinned(grid()) == cpu.Grid()
+crowding._until = 0.0
+assert cpu.thinned(grid()) == cpu.Grid(1, 1, 2)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,32 @@
+"""Whether other processes are on the cores where threads of ours meet at every step.
+
+Threads that share the hidden units of a sequence wait for one another some microseconds apart
+(csrc/threads.h). One that has lost its core keeps all of them waiting until the system gives it
+back, milliseconds later. So for a while after that a call takes fewer threads, which gives the same
+bits: no sum is shared among them.
+"""
+
+from __future__ import annotations
+
+import time
+
+CROWDED = 2  # what a call of csrc/lstm.cpp returns that spent much of its time so
+_COINCIDENCE = 0.2  # seconds: two such calls further apart say nothing
+_WHILE = 0.5  # seconds
+_last = -_COINCIDENCE
+_until = 0.0
+_spared = 0
+
+
+def note() -> None:
+    """Note that a call was crowded."""
+    global _last, _until, _spared
+    now = time.monotonic()
+    if now - _last <= _COINCIDENCE:
+        _spared, _until = spared() + 1, now + _WHILE
+    _last = now
+
+
+def spared() -> int:
+    """How many threads to leave out."""
+    return _spared if time.monotonic() < _until else 0

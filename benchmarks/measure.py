@@ -123,6 +123,7 @@ def block(
         clean = lost_seconds() - lost <= allowed and were_ours and machine.cores_are_ours()
         return Block(spent / calls, clean)
 
+    run(1)  # the first call of all may import and allocate
     calls = 1
     while run(calls) < seconds:
         calls *= 2

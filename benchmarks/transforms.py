@@ -15,13 +15,17 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -229,6 +233,13 @@ def compiled(T: int, B: int, I: int, H: int) -> Iterator[tuple[Comparison, float
     yield compare("step, module compiled", loss, compile(module))
 
 
+def first_compilation() -> float:
+    """The seconds that Inductor takes to set itself up and to compile next to nothing."""
+    start = time.perf_counter()
+    torch.compile(lambda x: x + 1)(torch.ones(64))
+    return time.perf_counter() - start
+
+
 def compiled_whole(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
     """Forward and backward pass in one graph; a step with its optimizer."""
     module = torch_manual.LSTM(I, H)
@@ -275,9 +286,23 @@ def compiled_whole(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
     )
 
 
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Inductor finds nothing that an earlier run has compiled."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        yield
+
+
 def rows(seconds: float) -> Iterator[tuple[str, ...]]:
     for comparison in comparisons():
         yield comparison.row(seconds)
+    with nothing_compiled():
+        yield from compiled_rows(seconds)
+
+
+def compiled_rows(seconds: float) -> Iterator[tuple[str, ...]]:
+    yield "torch's own first compilation, of x + 1", f"{1e3 * first_compilation():.0f}", *[""] * 5
     compile_seconds = 0.0
     for sizes in ((100, 8, 64, 64), (128, 32, 128, 128)):
         for comparison, seconds_to_compile in compiled(*sizes):
@@ -286,7 +311,8 @@ def rows(seconds: float) -> Iterator[tuple[str, ...]]:
         for comparison in compiled_whole(*sizes):
             yield comparison.row(seconds)
     met = "met" if compile_seconds <= 10 else "MISSED"
-    yield ("the longest compilation", f"{1e3 * compile_seconds:.0f}", "", "", "", "≤ 10000 ms", met)
+    longest = f"{1e3 * compile_seconds:.0f}"
+    yield "the longest compilation after it", longest, "", "", "", "≤ 10000 ms", met
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import math
 import os
 import resource
 from dataclasses import fields, replace
-from itertools import count, cycle
+from itertools import cycle
 from types import SimpleNamespace
 
 import pytest
@@ -103,15 +103,19 @@ def test_lost_time_and_shared_cores_spoil_a_block(lost, ours, clean, monkeypatch
 
 
 def test_a_block_of_several_calls_is_warmed_up(monkeypatch):
+    """And their number is not that of the first call of all, which takes long."""
     monkeypatch.setattr(machine, "cores_are_ours", lambda: True)
-    ticks = count()  # a step takes one
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    calls = []
-    run = measure.block(lambda: calls.append("step"), seconds=3)
-    assert len(calls) == 1 + 2 + 4
-    calls.clear()
+    calls, now = [], [0]
+
+    def step():
+        now[0] += 1 if calls else 1000
+        calls.append("step")
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    run = measure.block(step, seconds=3)
+    assert len(calls) == 1 + (1 + 2 + 4)
     assert run().seconds == 1
-    assert len(calls) == 1 + 4
+    assert len(calls) == 1 + (1 + 2 + 4) + (1 + 4)
 
 
 @pytest.mark.parametrize(

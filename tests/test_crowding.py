@@ -25,22 +25,23 @@ def clock(monkeypatch):
     return now
 
 
-def test_two_crowded_calls_soon_after_each_other_spare_a_thread_for_a_while(clock):
-    crowding.note()
+def test_two_crowded_calls_in_a_row_spare_a_thread_for_a_while(clock):
+    def crowded_call(after, seconds):
+        clock[0] += after + seconds
+        crowding.note(clock[0] - seconds)
+
+    crowded_call(after=0, seconds=0.01)
     assert crowding.spared() == 0
-    clock[0] += 0.1
-    crowding.note()
+    crowded_call(after=0.1, seconds=3)
     assert crowding.spared() == 1
-    clock[0] += 0.1
-    crowding.note()  # with one thread less
+    crowded_call(after=0, seconds=0.1)  # with one thread less
     assert crowding.spared() == 2
     clock[0] += 0.4
     assert crowding.spared() == 2
     clock[0] += 0.2
     assert crowding.spared() == 0
-    crowding.note()
-    clock[0] += 0.3
-    crowding.note()
+    crowded_call(after=0.3, seconds=0.01)
+    crowded_call(after=0.3, seconds=0.01)
     assert crowding.spared() == 0
 
 

@@ -16,6 +16,7 @@ import os
 import platform
 import struct
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -458,9 +459,10 @@ def rows_of(dy: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def call(name: str, dtype: torch.dtype, arguments: bytes) -> None:
+    begun = time.monotonic()
     outcome = _run(_functions()[name, dtype], arguments)
     if outcome == crowding.CROWDED:
-        crowding.note()
+        crowding.note(begun)
     elif outcome:
         raise MemoryError(f"{name}: no memory for the packed weights")
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 import time
 
 CROWDED = 2  # what a call of csrc/lstm.cpp returns that spent much of its time so
-_COINCIDENCE = 0.2  # seconds: two such calls further apart say nothing
+_COINCIDENCE = 0.2  # seconds: two such calls with more between them say nothing
 _WHILE = 0.5  # seconds
 _last = -_COINCIDENCE
 _until = 0.0
 _spared = 0
 
 
-def note() -> None:
-    """Note that a call was crowded."""
+def note(begun: float) -> None:
+    """Note that a call was crowded that began at `begun`, by `time.monotonic`, and ends now."""
     global _last, _until, _spared
     now = time.monotonic()
-    if now - _last <= _COINCIDENCE:
+    if begun - _last <= _COINCIDENCE:
         _spared, _until = spared() + 1, now + _WHILE
     _last = now
 

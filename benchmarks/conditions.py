@@ -30,13 +30,14 @@ import torch_manual
 from benchmarks.machine import cores_are_ours, wait_for_cores
 from benchmarks.measure import Block, block, no_garbage_collection
 from benchmarks.table import RESULTS, print_and_write
+from torch_manual.kernels import crowding
 
 HEAD = ("condition", "pass", "T B I H", "stock", "ours", "stock's time over ours", "")
 SHAPES = ((128, 16, 64, 64), (128, 32, 128, 128), (512, 8, 256, 256), (1000, 1, 64, 64))
 DENORMAL = 1e-40
 NOISE = 1.05  # measurements of the same thing differ by as much
 BLOCK_SECONDS = 0.15
-PAUSE = 0.6  # seconds, until all threads are back
+PAUSE = crowding.WHILE + 0.1  # seconds, until all threads are back
 
 Run = Callable[[], Block]
 

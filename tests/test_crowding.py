@@ -1,5 +1,6 @@
 """Fewer threads while another process has the core of one of them: when, and to the same bits."""
 
+import os
 import subprocess
 import sys
 
@@ -103,7 +104,9 @@ def test_threads_take_on_the_shares_of_those_spared(monkeypatch, instruction_set
             assert all(map(torch.equal, thinned, results[0])), sizes
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a process on one core")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process on one core"
+)
 def test_two_threads_on_one_core_notice():
     """They would take turns at every step. Soon there is one; and again two when asked later."""
     script = """

@@ -418,6 +418,8 @@ struct Forward {
             const real* h_prev = step->h_prev + row * f.stride_h;
             const real* W_hh = hh + (panel - first) * f.P * 4 * L;
             const real* pre = step->pre + row * f.stride_pre + u;
+            // Long sums are closed in parts: only with the input part first does it not matter to the bits
+            // whether it is fused.
             const bool input_first = !tangent && (f.fused || f.P > longest_sum);
             if (input_first) {
                 if (f.fused)

@@ -30,7 +30,7 @@ class Barrier {
   public:
     explicit Barrier(int n) : n_threads(n) {}
 
-    // Nanoseconds that a thread waited for others which had no core, as a mean over the threads.
+    // Nanoseconds of the waits in which a thread left its core, as a mean over those that can wait.
     int64_t lost() const { return lost_by_all / (n_threads > 1 ? n_threads - 1 : 1); }
 
     void wait() {
@@ -54,7 +54,8 @@ class Barrier {
     }
 
   private:
-    static constexpr int64_t usual_spins = 250, most_spins = 4000;
+    static constexpr int64_t usual_spins = 250;  // a usual wait is over before the clock is read
+    static constexpr int64_t most_spins = 4000;
 
     static void pause() {
 #if defined(__x86_64__)

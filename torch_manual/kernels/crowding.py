@@ -12,7 +12,7 @@ import time
 
 CROWDED = 2  # what a call of csrc/lstm.cpp returns that spent much of its time so
 _COINCIDENCE = 0.2  # seconds: two such calls with more between them say nothing
-_WHILE = 0.5  # seconds
+WHILE = 0.5  # seconds, for which threads are spared
 _last = -_COINCIDENCE
 _until = 0.0
 _spared = 0
@@ -23,7 +23,7 @@ def note(begun: float) -> None:
     global _last, _until, _spared
     now = time.monotonic()
     if begun - _last <= _COINCIDENCE:
-        _spared, _until = spared() + 1, now + _WHILE
+        _spared, _until = spared() + 1, now + WHILE
     _last = now
 
 

@@ -1,5 +1,5 @@
 // A whole backward pass in one go, B1 to B13 and B15: the recurrence, a chunk of steps at a time, and
-// the sums over these while their dpre is in the cache. Without projections and full peepholes.
+// the sums over these while their dpre is in the cache. Without projections.
 #pragma once
 
 #include "lstm_forward.h"
@@ -46,14 +46,14 @@ struct Gradients {
     BackwardArguments<real> backward_args;
     ForwardArguments<real> forward_args;
     InputSumsArguments<real> input_args;
-    WeightSumsArguments<real> weight_args[2];
+    WeightSumsArguments<real> weight_args[2], peephole_args;
 
     Rows rows;
     Segments segments;
     Backward<real> backward[2];
     Forward<real> forward[2];
     InputSums<real> input;
-    WeightSums<real> weight[2];
+    WeightSums<real> weight[2], peephole;  // of a full peephole: each direction's in turn
     Barrier *of_backward, *of_forward;  // of the threads that share the units of a direction
     real* dpre[2][2];  // of a chunk, one being summed while the next one is made
     real *gates[2], *cells[2];  // of a segment, with `recompute`
@@ -78,6 +78,9 @@ struct Gradients {
                               a.y + d * H, to[IH], to[HH], dbias, a.h0 + d * B * H, D * H, d,
                               T, B, sizes.batch_sizes};
         }
+        peephole_args = {};
+        peephole_args.M = H, peephole_args.threads = shares, peephole_args.samples = 1;
+        peephole_args.stride_dpre = stride_dpre;
     }
 
     int64_t grid_size() const {
@@ -96,6 +99,7 @@ struct Gradients {
         of_backward = workspace.take<Barrier>(sizes.grid.directions * sizes.grid.batches);
         of_forward = workspace.take<Barrier>(args.forward_grid.directions * args.forward_grid.batches);
         if (args.dx) input.plan(workspace, input_args);
+        if (sizes.full_peepholes) peephole.plan(workspace, peephole_args);
         const int64_t chunk = least(args.N, B > args.chunk_rows ? B : args.chunk_rows);
         for (int64_t d = 0; d < D; d++) {
             backward[d].plan(workspace, backward_args, d, rows);
@@ -232,22 +236,34 @@ struct Gradients {
     }
 
     void sum_peepholes(const Backward<real>& b, const Range& steps, bool add, int64_t index) const {
-        const Range units = share_units<real>(H, index, shares);
-        real* const* to = args.dweights[b.direction];
-        real* const dweight[3] = {to[CI], to[CF], to[CO]};
+        constexpr int64_t depth = WeightSums<real>::depth;
         const int64_t begin = rows.start(steps.begin), end = rows.start(steps.end);
-        const real* c_prev[WeightSums<real>::depth];
+        const real *c_prev[depth], *c[depth];
         int64_t t = steps.begin, b_of_t = 0;
         for (int64_t row = begin, count; row < end; row += count) {
-            count = least(WeightSums<real>::depth, end - row);
+            count = least(depth, end - row);
             for (int64_t k = 0; k < count; k++) {
                 c_prev[k] = before(b, t, b_of_t);
+                c[k] = b.cells + (row + k - b.first_row) * H;
                 if (++b_of_t == rows.alive(t)) t++, b_of_t = 0;
             }
-            add_peepholes(units, H, b.to_dpre + (row - b.first_dpre) * b.stride_to, b.stride_to,
-                          c_prev, b.cells + (row - b.first_row) * H, count, dweight,
-                          add || row > begin);
+            const real* dpre = b.to_dpre + (row - b.first_dpre) * b.stride_to;
+            sum_peepholes(b.direction, dpre, c_prev, c, count, add || row > begin, index);
         }
+    }
+
+    // B15 over `count` rows of dpre, of direction d.
+    void sum_peepholes(int64_t d, const real* dpre, const real* const* c_prev, const real* const* c,
+                       int64_t count, bool add, int64_t index) const {
+        real* const* to = args.dweights[d];
+        real* const dweight[3] = {to[CI], to[CF], to[CO]};
+        if (!sizes.full_peepholes)
+            return add_peepholes(share_units<real>(H, index, shares), H, dpre, input_args.stride_dpre,
+                                 c_prev, c, count, dweight, add);
+        for (int64_t g = 0; g < 3; g++)
+            if (dweight[g])
+                peephole.add_product(index, dpre + (g < 2 ? g : 3) * H, g < 2 ? c_prev : c, dweight[g],
+                                     H, {0, 0, count, add});
     }
 
     // c_{t-1} of a sequence at step t.

@@ -220,6 +220,14 @@ struct WeightSums {
         return of + ((terms.first + k) * args->samples + terms.sample) * width;
     }
 
+    // Share `index` of the sum, over up to `depth` rows of dpre, of dpreᵀ times `rows`.
+    void add_product(int64_t index, const real* dpre, const real* const* rows, real* to, int64_t width,
+                     const Terms& terms) const {
+        const Range mine = share(tiles(), index, args->threads);
+        if (!direct()) pack(mine, dpre, terms);
+        add_columns(mine, dpre, packed_columns + index * depth * V * L, rows, to, width, terms);
+    }
+
     // Packs dpre: the R numbers of a tile for k = 0, then for k = 1, and so on. They are copied as
     // one vector of W, whose rest the next k overwrites.
     static constexpr int W = R <= 4 ? 4 : 8;
@@ -347,11 +355,10 @@ struct WeightSums {
 };
 
 // Sets the gradients of the diagonal peepholes of units [begin, end), or adds to them, over `count`
-// rows of dpre (·, stride_dpre) and c (·, H); c_prev has every row's c_{t-1}. A null gradient is not
-// made.
+// rows of dpre (·, stride_dpre), with c_{t-1} and c of every row. A null gradient is not made.
 template <typename real>
 void add_peepholes(const Range& units, int64_t H, const real* dpre, int64_t stride_dpre,
-                   const real* const* c_prev, const real* c, int64_t count,
+                   const real* const* c_prev, const real* const* c, int64_t count,
                    real* const (&dweight)[3], bool add) {
     using vec = vec_of<real>;
     constexpr int64_t L = Vector<real>::lanes;
@@ -365,7 +372,7 @@ void add_peepholes(const Range& units, int64_t H, const real* dpre, int64_t stri
                 for (int j = 0; j < 4; j++)
                     if (k + j < count)
                         sum[j] += load(dpre + (k + j) * stride_dpre + (g < 2 ? g : 3) * H + u, lanes) *
-                                  load((g < 2 ? c_prev[k + j] : c + (k + j) * H) + u, lanes);
+                                  load((g < 2 ? c_prev : c)[k + j] + u, lanes);
             vec total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
             if (add) total += load(dweight[g] + u, lanes);
             store(dweight[g] + u, total, lanes);  // B15
@@ -385,12 +392,12 @@ Outcome run_peephole_sums(const PeepholeSumsArguments<real>& a) {
     constexpr int64_t depth = WeightSums<real>::depth;
     run_on(Grid{1, 1, a.threads}, [&](int64_t thread, const Grid& grid, Barrier&) {
         const Range mine = share_units<real>(a.H, thread, grid.size());
-        const real* c_prev[depth];
+        const real *c_prev[depth], *c[depth];
         for (int64_t n = 0; n < a.N; n += depth) {
             const int64_t count = least(depth, a.N - n);
-            for (int64_t k = 0; k < count; k++) c_prev[k] = a.c_prev + (n + k) * a.H;
-            add_peepholes(mine, a.H, a.dpre + n * 4 * a.H, 4 * a.H, c_prev, a.c + n * a.H, count,
-                          a.dweight, n > 0);
+            for (int64_t k = 0; k < count; k++)
+                c_prev[k] = a.c_prev + (n + k) * a.H, c[k] = a.c + (n + k) * a.H;
+            add_peepholes(mine, a.H, a.dpre + n * 4 * a.H, 4 * a.H, c_prev, c, count, a.dweight, n > 0);
         }
     });
     return DONE;

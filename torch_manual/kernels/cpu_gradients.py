@@ -20,6 +20,7 @@ from torch_manual.kernels.lstm import LSTMWeights, dispatched
 
 SMALL = 256  # units: beyond, the weights that a chunk's sums read leave no cache for its dpre
 _N_WEIGHTS = len(LSTMWeights._fields)
+_WEIGHT_HR = LSTMWeights._fields.index("weight_hr")
 _NOTHING = (0,) * _N_WEIGHTS
 _arguments = struct.Struct(f"{12 + 3 + 6 + 16 + 4 * _N_WEIGHTS}q").pack
 
@@ -27,12 +28,11 @@ _arguments = struct.Struct(f"{12 + 3 + 6 + 16 + 4 * _N_WEIGHTS}q").pack
 def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) -> bool:
     """Whether this file does, given all tensors of a call.
 
-    It does for dense and packed batches in float32 and float64 without projections and full
-    peepholes.
+    It does for dense and packed batches in float32 and float64 without projections.
     """
     return (
         x.dtype in DTYPES
-        and _is_plain(weights)
+        and all(w is None for w in weights[_WEIGHT_HR::_N_WEIGHTS])
         and x.shape[0] > 0
         and not dispatched(x, *others, *weights)
         and not backend.triton_serves(x)
@@ -89,7 +89,7 @@ def lstm_gradients(
     dh_n, dc_n, dcells = (None if t is None else t.contiguous() for t in outer[1:])
     x, h0, c0, y = x.contiguous(), h0.contiguous(), c0.contiguous(), y.contiguous()
     gates, cells = (None if t is None else t.contiguous() for t in (gates, cells))
-    weights, pointers, _ = cpu.in_c_order(weights)
+    weights, pointers, full = cpu.in_c_order(weights)
     (N, I), (*directions, B, H) = x.shape, c0.shape
     D = directions[0] if directions else 1
     T, lengths = cpu.steps(N, B, batch_sizes)
@@ -106,7 +106,7 @@ def lstm_gradients(
         "lstm_gradients",
         x.dtype,
         _arguments(
-            *(T, B, I, H, H, D, 0, False),
+            *(T, B, I, H, H, D, full, False),
             *(*cpu.thinned(cpu.grid(T, B, N * 4 * H * H, H, D, backward=True)), lengths),
             *cpu.thinned(cpu.grid(T, B, N * 4 * H * (I + H), H, D)),
             *(N, cpu.threads(N * 4 * H * (I + H)), crowding.spared()),
@@ -126,18 +126,6 @@ def lstm_gradients(
         x.new_empty(D, 0) if keep_dpre else None,
         *dweights,
     )
-
-
-def _is_plain(weights: Sequence[Tensor | None]) -> bool:
-    """Whether no direction has a projection or a full peephole."""
-    for first in range(0, len(weights), _N_WEIGHTS):
-        weight_hr, *peepholes = weights[first + 4 : first + _N_WEIGHTS]
-        if weight_hr is not None:
-            return False
-        for w in peepholes:
-            if w is not None and w.dim() == 2:
-                return False
-    return True
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

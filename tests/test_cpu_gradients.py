@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import torch_manual
-from kernel_problems import BUILT, CLASSES, GRIDS, SIZES, error, problem
+from kernel_problems import BUILT, CLASSES, GRIDS, SIZES, error, plain, problem
 from torch_manual.functions import lstm_gradients as functions
 from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
 from torch_manual.kernels import cpu, cpu_gradients
-from torch_manual.kernels.lstm import lstm_forward
+from torch_manual.kernels import lstm as ops
+from torch_manual.kernels.lstm import by_direction, lstm_forward
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
 
@@ -33,9 +34,10 @@ def short_chunks(monkeypatch):
 
 
 def gradients(p, needs=None, outer=None, backend="cpu"):
-    """Where needed, dx, dh0, dc0 and the weights' gradients; dpre and dh always."""
+    """Where needed, dx, dh0, dc0 and the weights' gradients; dpre always."""
     with torch_manual.use_backend(backend):
-        return lstm_gradients(needs or all_of(p), p.outer if outer is None else outer, primal(p))
+        of = lstm_gradients(needs or all_of(p), p.outer if outer is None else outer, primal(p))
+    return *of[:4], *of[5:]
 
 
 def given(tensors):
@@ -57,6 +59,22 @@ def test_agrees_with_plain_torch(instruction_set, name):
             with cpu.override(instruction_set=instruction_set, grid=grid):
                 ours = given(gradients(p))
             assert (error(ours, right) <= 1e-11).all(), (sizes, grid, error(ours, right))
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_keeps_dh_for_a_second_derivative(instruction_set, name, short_chunks):
+    for sizes in SIZES:
+        p = problem(*sizes, **CLASSES[name])
+        identity = torch.eye(p.c0.shape[2], dtype=p.x.dtype)  # as a projection: then ops keep dh
+        directions = [w._replace(weight_hr=identity) for w in by_direction(p.weights)]
+        weights = [t for w in directions for t in w]
+        *_, gates, cells = plain(p)[0]
+        right = ops._backward(*p.outer, p.c0, p.batch_sizes, weights, gates, cells)[1]
+        for grid in GRIDS:
+            with cpu.override(instruction_set=instruction_set, grid=grid):
+                ours = lstm_gradients(all_of(p), p.outer, primal(p))[4]
+            assert error([ours], [right]) <= 1e-11, (sizes, grid)
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -119,7 +137,8 @@ def test_any_layout():
     assert all(map(torch.equal, given(gradients(strided)), expected))
     saved = [None if t is None else t.mT.contiguous().mT for t in primal(p)[:7]]
     of_strided = Primal(*saved, p.weights)
-    assert all(map(torch.equal, given(lstm_gradients(all_of(p), p.outer, of_strided)), expected))
+    ours = lstm_gradients(all_of(p), p.outer, of_strided)
+    assert all(map(torch.equal, given((*ours[:4], *ours[5:])), expected))
     one_row = torch.ones(1, 7, dtype=p.x.dtype)
     outer = one_row.expand(15, 7), None, None, None
     repeated = one_row.repeat(15, 1), None, None, None

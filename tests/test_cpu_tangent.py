@@ -24,7 +24,7 @@ def tangents(p, given, backend):
     """
     forward, backward = plain(p)
     y, _, _, gates, cells = forward
-    dpre = backward[0]
+    dpre, dh = backward[:2]
     generator = torch.Generator().manual_seed(1)
 
     def draw(t, bit):
@@ -40,7 +40,7 @@ def tangents(p, given, backend):
         first = lstm_tangent.lstm_tangent(tx, th0, tc0, tweights, *p[:5], y, gates, cells)
         tgates, tcells = first[3:]
         second = lstm_tangent.lstm_backward_tangent(
-            outer, touter, dpre, p.c0, tc0, *p[3:5], tweights, gates, cells, tgates, tcells
+            outer, touter, dpre, dh, p.c0, tc0, *p[3:5], tweights, gates, cells, tgates, tcells
         )
     return [*first, *second]
 

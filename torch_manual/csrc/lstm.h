@@ -65,7 +65,7 @@ struct BackwardArguments {
     const real* gates;   // (D, N, 4H)
     const real* cells;   // (D, N, H)
     real* dpre;          // (D, N, 4H)
-    real* dh;            // (D, N, P), or null without weight_hr
+    real* dh;            // (D, N, P); may be null without weight_hr
     real* dh0;           // (D, B, P) or null
     real* dc0;           // (D, B, H); holds dc_next throughout
     Weights<real> weights[2];

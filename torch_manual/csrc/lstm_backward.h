@@ -143,7 +143,7 @@ struct Backward {
         step.cells = cells + (start - first_row) * H;
         step.cells_prev = rows.alive(prev) ? cells_of(prev) : nullptr;
         if (args->dcells) step.dcells = args->dcells + row * H;
-        if (w.weight_hr) step.dh = args->dh + row * P;
+        if (args->dh) step.dh = args->dh + row * P;
         return step;
     }
 
@@ -284,10 +284,12 @@ struct Backward {
                     const int64_t u = (2 * pair + v) * L;
                     if (u >= f.H) break;
                     vec dm = f.w.weight_hr ? sum[r][v] : f.dh_at(*step, row + r, u, sum[r][v]);
-                    if constexpr (tangent)
+                    if constexpr (tangent) {
                         f.cell_tangents(*step, row + r, u, dm);
-                    else
-                        f.cell(*step, row + r, u, dm, tanh_c[r][v]);
+                        continue;
+                    }
+                    if (step->dh && !f.w.weight_hr) store(step->dh + (row + r) * f.P + u, dm, f.H - u);
+                    f.cell(*step, row + r, u, dm, tanh_c[r][v]);
                 }
         }
     };

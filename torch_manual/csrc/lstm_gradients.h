@@ -29,6 +29,7 @@ struct GradientsArguments {
     const real* dc_n;     // (D, B, H) or null
     const real* dcells;   // (D, N, H) or null
     real* dpre;           // (D, N, 4H), or null if nobody asks
+    real* dh;             // (D, N, H), likewise
     real* dh0;            // (D, B, H) or null
     real* dc0;            // (D, B, H)
     real* dx;             // (N, I) or null
@@ -62,7 +63,7 @@ struct Gradients {
         : args(a), sizes(a.sizes), T(sizes.T), B(sizes.B), H(sizes.H), D(sizes.D),
           shares(a.threads > grid_size() ? a.threads : grid_size()) {
         backward_args = {sizes,  a.dy, a.stride_dy, a.dh_n, a.dc_n,  a.dcells, a.c0, a.gates,
-                         a.cells, a.dpre, nullptr,  a.dh0,  a.dc0, {a.weights[0], a.weights[1]}};
+                         a.cells, a.dpre, a.dh,  a.dh0,  a.dc0, {a.weights[0], a.weights[1]}};
         Sizes again = sizes;
         again.grid = a.forward_grid;
         forward_args = {again,   a.unpacked, 0,       0,       a.x,     a.h0,

@@ -147,6 +147,7 @@ def lstm_gradient_tangents(
             outer,
             touter,
             dpre,
+            dh,
             p.c0,
             tc0,
             p.batch_sizes,

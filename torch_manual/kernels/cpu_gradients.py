@@ -22,7 +22,7 @@ SMALL = 256  # units: beyond, the weights that a chunk's sums read leave no cach
 _N_WEIGHTS = len(LSTMWeights._fields)
 _WEIGHT_HR = LSTMWeights._fields.index("weight_hr")
 _NOTHING = (0,) * _N_WEIGHTS
-_arguments = struct.Struct(f"{12 + 3 + 6 + 16 + 4 * _N_WEIGHTS}q").pack
+_arguments = struct.Struct(f"{12 + 3 + 6 + 17 + 4 * _N_WEIGHTS}q").pack
 
 
 def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) -> bool:
@@ -96,6 +96,7 @@ def lstm_gradients(
     dx = memory.empty(x, N, I) if needs[0] else None
     rows = chunk_rows(H, x.element_size())
     dpre = memory.empty(x, D, N, 4 * H) if keep_dpre else None
+    dh = memory.empty(x, D, N, H) if keep_dpre else None
     dh0, dc0 = torch.empty_like(h0) if needs[1] else None, torch.empty_like(c0)
     dweights = [
         memory.empty_like(w) if need and w is not None else None
@@ -113,7 +114,7 @@ def lstm_gradients(
             *(cpu.unpacked(T, N), recompute, rows),
             *_addresses((x, h0, c0, y, gates, cells, c_kept, dy)),
             stride_dy,
-            *_addresses((dh_n, dc_n, dcells, dpre, dh0, dc0, dx)),
+            *_addresses((dh_n, dc_n, dcells, dpre, dh, dh0, dc0, dx)),
             *pointers,
             *(to_dweights if D == 2 else (*to_dweights, *_NOTHING)),
         ),
@@ -123,7 +124,7 @@ def lstm_gradients(
         dh0,
         dc0 if needs[2] else None,
         dpre,
-        x.new_empty(D, 0) if keep_dpre else None,
+        dh,
         *dweights,
     )
 

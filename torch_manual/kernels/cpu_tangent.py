@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu, lstm_tangent
+from torch_manual.kernels import cpu, lstm_tangent, memory
+from torch_manual.kernels.cpu_sums import lstm_input_sums
 from torch_manual.kernels.lstm import LSTMWeights, _peep, _peep_back
 from torch_manual.kernels.rows import first, previous
 
@@ -35,14 +36,14 @@ def tangent_direction(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, H), (B, P) = cells.shape, th.shape
     th, tc, c0, gates, cells = (t.contiguous() for t in (th, tc, c0, gates, cells))
-    x, weight_ih = (None, None) if not products else (t.contiguous() for t in products[0])
+    x, weight_ih = _as_one_product(products)
+    x = None if x is None else x.contiguous()
     peeping = any(t is not None for t in tw[5:])
-    known = len(products) != 1 or peeping
+    known = x is None or peeping
     if known:
-        biases = tw[2:4] if x is None else ()
-        tpre = lstm_tangent.known_tpre(products[1:], biases, gates)
+        tpre = lstm_tangent.known_tpre([], tw[2:4] if x is None else (), gates)
     else:
-        tpre = torch.empty_like(gates)
+        tpre = memory.empty_like(gates)
     if peeping:
         c_prev = previous(cells, c0, batch_sizes, reverse)
         tpre_i, tpre_f, _, tpre_o = tpre.chunk(4, -1)
@@ -52,8 +53,8 @@ def tangent_direction(
     if tw.weight_hr is not None:
         ty = (gates.chunk(4, -1)[3] * torch.tanh(cells)) @ tw.weight_hr.T
     else:
-        ty = cells.new_zeros(N, P) if w.weight_hr is not None else cells.new_empty(N, P)
-    tcells, th_n, tc_n = torch.empty_like(cells), torch.empty_like(th), torch.empty_like(tc)
+        ty = cells.new_zeros(N, P) if w.weight_hr is not None else memory.empty(cells, N, P)
+    tcells, th_n, tc_n = memory.empty_like(cells), torch.empty_like(th), torch.empty_like(tc)
     T, lengths = cpu.steps(N, B, batch_sizes)
     if T == 0:
         return ty, th, tc, tpre, tcells
@@ -73,8 +74,18 @@ def tangent_direction(
     return ty, th_n, tc_n, tpre, tcells
 
 
+def _as_one_product(products: lstm_tangent.Products) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of the sum of all, (N, K) and (4H, K)."""
+    if len(products) < 2:
+        return products[0] if products else (None, None)
+    a, b = zip(*products, strict=True)
+    return torch.cat(a, 1), torch.cat(b, 1)
+
+
 def backward_tangent_direction(
-    outer: Sequence[Tensor | None],
+    dh: Tensor,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
     touter: Sequence[Tensor | None],
     dpre: Tensor,
     c0: Tensor,
@@ -90,34 +101,28 @@ def backward_tangent_direction(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (N, H), B, P = cells.shape, len(c0), w.weight_hh.shape[1]
     T, lengths = cpu.steps(N, B, batch_sizes)
-    _, tdh_n, tdc_n, _ = touter
+    tdy, tdh_n, tdc_n, tdcells = touter
     tdh0 = cells.new_zeros(B, P) if tdh_n is None else tdh_n.clone()
     tdc0 = cells.new_zeros(B, H) if tdc_n is None else tdc_n.clone()
-    tdpre = torch.empty_like(gates, memory_format=torch.contiguous_format)
+    tdpre = memory.empty(gates, *gates.shape)
     tdh = cells.new_empty((N, P) if w.weight_hr is not None else 0)
     if T == 0:
         return tdpre, tdh, tdh0, tdc0
 
-    def from_next(sent: Tensor, last: Tensor | None) -> Tensor:
-        """What every row is sent by the step after it; of the last step, `last`."""
-        last = sent.new_zeros(B, sent.shape[1]) if last is None else last
-        return previous(sent, last, batch_sizes, not reverse)
+    def from_next(sent: Tensor) -> Tensor:
+        """What every row is sent by the step after it; of the last step, zeros."""
+        return previous(sent, sent.new_zeros(B, sent.shape[1]), batch_sizes, not reverse)
 
-    dy, dh_n, dc_n, dcells = outer
-    tdy, _, _, tdcells = touter
-    dh = from_next(dpre @ w.weight_hh, dh_n)
-    if dy is not None:
-        dh = dh + dy
     dm = dh if w.weight_hr is None else dh @ w.weight_hr
     tdm = None if tw.weight_hr is None else dh @ tw.weight_hr  # R10
-    tsent = None if tw.weight_hh is None else dpre @ tw.weight_hh  # R17
+    tsent = None if tw.weight_hh is None else lstm_input_sums([dpre], [tw.weight_hh])  # R17
     if tsent is not None:
-        tdy = _sum(from_next(tsent, None), tdy)
+        tdy = _sum(from_next(tsent), tdy)
     sent_c, tsent_c = _sent_to_cell(dpre, w), _sent_to_cell(dpre, tw)  # R16
     dpre_o = dpre.chunk(4, -1)[3]
-    dc_given = _sum(dcells, None if sent_c is None else from_next(sent_c, None))
+    dc_given = _sum(dcells, None if sent_c is None else from_next(sent_c))
     dc_given = _sum(dc_given, _through(dpre_o, w.weight_co))
-    tdc_given = _sum(tdcells, None if tsent_c is None else from_next(tsent_c, None))
+    tdc_given = _sum(tdcells, None if tsent_c is None else from_next(tsent_c))
     tdc_given = _sum(tdc_given, _through(dpre_o, tw.weight_co))  # R12
     dc_next = cells.new_zeros(B, H) if dc_n is None else dc_n.clone()
     given = [_contiguous(t) for t in (tdy, tdh_n, tdc_n, tdc_given, c0, gates, cells)]

@@ -140,6 +140,7 @@ def _backward_tangent(
     outer: Sequence[Tensor | None],
     touter: Sequence[Tensor | None],
     dpre: Tensor,
+    dh: Tensor,
     c0: Tensor,
     tc0: Tensor | None,
     batch_sizes: Tensor | None,
@@ -150,17 +151,29 @@ def _backward_tangent(
     tgates: Tensor,
     tcells: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`outer` is dy, dh_n, dc_n, dcells and `touter` their tangents; `dpre` is lstm_backward's."""
+    """`outer` is dy, dh_n, dc_n, dcells and `touter` their tangents.
+
+    dpre and dh are lstm_backward's; dh may be (D, 0), and is then made again.
+    """
     dtype = _compute_dtype(gates)
     _, loop = _loops(gates, weights)
     P = by_direction(weights)[0].weight_hh.shape[1]
     results = []
     for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True)):
+        dy, dh_n, dc_n, dcells = _of_direction(outer, d, P, dtype)
+        dpre_d = dpre[d].to(dtype)
+        if dh.dim() == 3:
+            dh_d = dh[d].to(dtype)
+        else:
+            sent = dpre_d @ w.weight_hh.to(dtype)
+            dh_d = _dh(dy, dh_n, sent, c0.shape[1], batch_sizes, bool(d))
         results.append(
             loop(
-                _of_direction(outer, d, P, dtype),
+                dh_d,
+                dc_n,
+                dcells,
                 _of_direction(touter, d, P, dtype),
-                dpre[d].to(dtype),
+                dpre_d,
                 c0[d].to(dtype),
                 torch.zeros_like(c0[d], dtype=dtype) if tc0 is None else tc0[d].to(dtype),
                 batch_sizes,
@@ -177,8 +190,26 @@ def _backward_tangent(
     return tdpre, tdh, tdh0, tdc0
 
 
+def _dh(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    sent: Tensor,
+    batch: int,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """B1 of all rows of a direction; `sent` are the products of B9."""
+    if len(sent) == 0:
+        return sent
+    last = filled(dh_n, sent, batch, sent.shape[1])
+    dh = previous(sent, last, batch_sizes, not reverse)
+    return dh if dy is None else dh + dy
+
+
 def _backward_tangent_direction(
-    outer: Sequence[Tensor | None],
+    dh_rows: Tensor,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
     touter: Sequence[Tensor | None],
     dpre: Tensor,
     c0: Tensor,
@@ -192,23 +223,22 @@ def _backward_tangent_direction(
     tcells: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy, dh_next, dc_next, dcells = filled(outer, c0, w, cells)
-    tdy, tdh_next, tdc_next, tdcells = filled(touter, c0, w, cells)
+    dc_next, dcells = filled(dc_n, c0, *c0.shape), filled(dcells, cells, *cells.shape)
+    tdy, tdh_next, tdc_next, tdcells = filled_outer(touter, c0, w, cells)
     c_before = previous(cells, c0, batch_sizes, reverse)
     tc_before = previous(tcells, tc0, batch_sizes, reverse)
     tdpre = torch.empty_like(dpre)
-    tdh_rows = torch.empty_like(dy) if w.weight_hr is not None else dy.new_empty(0)
-    sent_back = dpre @ w.weight_hh
+    tdh_rows = torch.empty_like(dh_rows) if w.weight_hr is not None else dpre.new_empty(0)
     if tw.weight_hh is not None:
         tsent_back = dpre @ tw.weight_hh
-    order = steps(len(dy), len(dh_next), batch_sizes)
+    order = steps(len(dpre), len(c0), batch_sizes)
     for rows in order if reverse else reversed(order):
         alive = slice(rows.stop - rows.start)
         (i, f, g, o), (ti, tf, tg, to) = gates[rows].chunk(4, -1), tgates[rows].chunk(4, -1)
         c_prev, tc_prev, tc = c_before[rows], tc_before[rows], tcells[rows]
         tanh_c = torch.tanh(cells[rows])
         dpre_i, dpre_f, _, dpre_o = dpre[rows].chunk(4, -1)
-        dh = dy[rows] + dh_next[alive]
+        dh = dh_rows[rows]
         dm = dh if w.weight_hr is None else dh @ w.weight_hr
         dc = dc_next[alive] + dcells[rows] + dm * o * (1 - tanh_c**2)
         dc = dc + _peep_back(dpre_o, w.weight_co)
@@ -242,7 +272,6 @@ def _backward_tangent_direction(
         if tw.weight_hh is not None:
             tdh_next[alive] += tsent_back[rows]
         dc_next[alive] = dc * f + _peep_back(dpre_i, w.weight_ci) + _peep_back(dpre_f, w.weight_cf)
-        dh_next[alive] = sent_back[rows]
         if w.weight_hr is not None:
             tdh_rows[rows] = tdh
     return tdpre, tdh_rows, tdh_next, tdc_next
@@ -257,15 +286,20 @@ def _of_direction(
     return tuple(_to(t, dtype) for t in (dy, *(None if t is None else t[d] for t in states)))
 
 
-def filled(
+def filled_outer(
     outer: Sequence[Tensor | None], c0: Tensor, w: LSTMWeights, cells: Tensor
 ) -> list[Tensor]:
-    """dy, dh_n, dc_n and dcells with zeros for None, and free to be changed."""
+    """dy, dh_n, dc_n and dcells as `filled` has them."""
     (N, H), B, P = cells.shape, len(c0), w.weight_hh.shape[1]
-    return [
-        cells.new_zeros(shape) if t is None else t.clone(memory_format=torch.contiguous_format)
-        for t, shape in zip(outer, ((N, P), (B, P), (B, H), (N, H)), strict=True)
-    ]
+    shapes = (N, P), (B, P), (B, H), (N, H)
+    return [filled(t, cells, *shape) for t, shape in zip(outer, shapes, strict=True)]
+
+
+def filled(t: Tensor | None, like: Tensor, *shape: int) -> Tensor:
+    """A copy of `t`, free to be changed, or zeros for None."""
+    if t is None:
+        return like.new_zeros(shape)
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _project(m: Tensor, weight_hr: Tensor | None) -> Tensor:
@@ -309,6 +343,7 @@ def _fake_backward_tangent(
     outer: Sequence[Tensor | None],
     touter: Sequence[Tensor | None],
     dpre: Tensor,
+    dh: Tensor,
     c0: Tensor,
     tc0: Tensor | None,
     batch_sizes: Tensor | None,
@@ -336,7 +371,7 @@ for _name, _schema, _plain, _fake in (
     ),
     (
         "torch_manual::lstm_backward_tangent",
-        "(Tensor?[] outer, Tensor?[] touter, Tensor dpre, Tensor c0, Tensor? tc0,"
+        "(Tensor?[] outer, Tensor?[] touter, Tensor dpre, Tensor dh, Tensor c0, Tensor? tc0,"
         " Tensor? batch_sizes, Tensor?[] weights, Tensor?[] tweights, Tensor gates, Tensor cells,"
         " Tensor tgates, Tensor tcells)"
         " -> (Tensor tdpre, Tensor tdh, Tensor tdh0, Tensor tdc0)",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_manual.kernels.lstm import LSTMWeights
-from torch_manual.kernels.lstm_tangent import Products, filled, known_tpre
+from torch_manual.kernels.lstm_tangent import Products, filled, filled_outer, known_tpre
 from torch_manual.kernels.rows import previous, steps
 
 
@@ -53,7 +53,9 @@ def tangent_direction(
 
 
 def backward_tangent_direction(
-    outer: Sequence[Tensor | None],
+    dh_rows: Tensor,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
     touter: Sequence[Tensor | None],
     dpre: Tensor,
     c0: Tensor,
@@ -69,21 +71,20 @@ def backward_tangent_direction(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from torch_manual.triton_kernels.lstm.tangent import step_backward_tangent
 
-    dy, dh_next, dc_next, dcells = filled(outer, c0, w, cells)
-    tdy, tdh_next, tdc_next, tdcells = filled(touter, c0, w, cells)
+    dc_next, dcells = filled(dc_n, c0, *c0.shape), filled(dcells, cells, *cells.shape)
+    tdy, tdh_next, tdc_next, tdcells = filled_outer(touter, c0, w, cells)
     c_before = previous(cells, c0, batch_sizes, reverse)
     tc_before = previous(tcells, tc0, batch_sizes, reverse)
     dpre, gates, cells, tgates, tcells = (
         t.contiguous() for t in (dpre, gates, cells, tgates, tcells)
     )
     tdpre = torch.empty_like(dpre)
-    tdh_rows = torch.empty_like(dy) if w.weight_hr is not None else dy.new_empty(0)
-    sent_back = dpre @ w.weight_hh
+    tdh_rows = torch.empty_like(dh_rows) if w.weight_hr is not None else dpre.new_empty(0)
     peepholes = _peepholes(w, tw)
-    order = steps(len(dy), len(dh_next), batch_sizes)
+    order = steps(len(dpre), len(c0), batch_sizes)
     for rows in order if reverse else reversed(order):
         n = rows.stop - rows.start
-        dh = dm = dy[rows] + dh_next[:n]
+        dh = dm = dh_rows[rows]
         tdh = tdm = tdy[rows] + tdh_next[:n]  # R9
         if w.weight_hr is not None:
             dm, tdm = dh @ w.weight_hr, tdh @ w.weight_hr  # R10
@@ -99,7 +100,6 @@ def backward_tangent_direction(
         tdh_next[:n] = tdpre[rows] @ w.weight_hh  # R17
         if tw.weight_hh is not None:
             tdh_next[:n] += dpre[rows] @ tw.weight_hh
-        dh_next[:n] = sent_back[rows]
     return tdpre, tdh_rows, tdh_next, tdc_next
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import torch_manual
-from torch_manual.kernels import cpu
+from torch_manual.kernels import cpu_library
 
 REPEATS = 50_000  # a fraction of a millisecond
 TRIES = 8
@@ -25,7 +25,7 @@ def fma_peak(dtype: torch.dtype) -> float | None:
 
     None without the CPU kernel, which holds the loop.
     """
-    if cpu.status() != "available":
+    if cpu_library.status() != "available":
         return None
     return max(_rate(dtype, torch.get_num_threads()) for _ in range(TRIES))
 
@@ -37,7 +37,7 @@ def cores_are_ours() -> bool:
     it, neither load nor stolen time, but that both together then multiply and add as fast as one.
     """
     global _best_alone
-    if cpu.status() != "available":
+    if cpu_library.status() != "available":
         return True
     _best_alone = max(_best_alone, _rate(torch.float32, 1))
     threads = torch.get_num_threads()
@@ -54,7 +54,7 @@ def wait_for_cores(seconds: float = 30.0) -> None:
 
 def _rate(dtype: torch.dtype, threads: int) -> float:
     start = time.perf_counter()
-    done = cpu.multiply_add(dtype, threads, REPEATS)
+    done = cpu_library.multiply_add(dtype, threads, REPEATS)
     return done / (time.perf_counter() - start)
 
 

@@ -5,14 +5,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from torch_manual.kernels import cpu
+from torch_manual.kernels import cpu_library
 from torch_manual.kernels import lstm as ops
-from torch_manual.kernels.cpu import Grid
+from torch_manual.kernels.cpu_library import Grid
 
-if cpu.status() != "available":
-    pytest.skip(f"no CPU kernel: {cpu.status()}", allow_module_level=True)
+if cpu_library.status() != "available":
+    pytest.skip(f"no CPU kernel: {cpu_library.status()}", allow_module_level=True)
 
-BUILT = cpu.INSTRUCTION_SETS[cpu.INSTRUCTION_SETS.index(cpu.instruction_set()) :]
+BUILT = cpu_library.INSTRUCTION_SETS[
+    cpu_library.INSTRUCTION_SETS.index(cpu_library.instruction_set()) :
+]
 GRIDS = (Grid(), Grid(1, 2, 1), Grid(1, 1, 2), Grid(2, 1, 1), Grid(1, 3, 2))
 # T, B, I, H
 SIZES = ((3, 5, 4, 7), (4, 13, 9, 33), (6, 1, 2, 1), (3, 5, 8, 100), (5, 2, 3, 17), (1, 3, 5, 17))

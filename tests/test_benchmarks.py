@@ -21,7 +21,7 @@ from benchmarks.cases import CASES, TARGETS, Case, Target
 from benchmarks.check import Workload
 from benchmarks.measure import Block, Round
 from benchmarks.workload import Side, side
-from torch_manual.kernels import cpu
+from torch_manual.kernels import cpu_library
 
 SMALL = Case("dense", 3, 2, 4, 5)
 ROW = report.Row(
@@ -122,7 +122,7 @@ def test_a_block_of_several_calls_is_warmed_up(monkeypatch):
     ("alone", "together", "ours"), [(100, 200, True), (100, 100, False), (50, 100, False)]
 )
 def test_two_threads_on_one_core_are_noticed(alone, together, ours, monkeypatch):
-    monkeypatch.setattr(machine.cpu, "status", lambda: "available")
+    monkeypatch.setattr(machine.cpu_library, "status", lambda: "available")
     monkeypatch.setattr(machine, "_best_alone", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(machine, "_rate", lambda _, threads: {1: alone, 2: together}[threads])
@@ -303,7 +303,7 @@ def test_both_sides_run_in_processes_of_their_own():
     timing, peak = command.timed(SMALL, "training", 1, 0.001, keep_memory=False)
     assert timing.rounds >= measure.MIN_ROUNDS
     assert timing.ratio > 0
-    assert (peak is None) == (cpu.status() != "available")
+    assert (peak is None) == (cpu_library.status() != "available")
     with worker.worker(SMALL, "ours", "training", 2, keep_memory=False) as process:
         assert process.submit(os.getpid).result() != os.getpid()
         assert process.submit(torch.get_num_threads).result() == 2
@@ -333,16 +333,16 @@ def test_sides_start_alike():
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(cpu.status() != "available", reason="no CPU kernel")
+@pytest.mark.skipif(cpu_library.status() != "available", reason="no CPU kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_multiply_adds_are_counted(dtype):
-    for instruction_set in cpu.INSTRUCTION_SETS[
-        cpu.INSTRUCTION_SETS.index(cpu.instruction_set()) :
+    for instruction_set in cpu_library.INSTRUCTION_SETS[
+        cpu_library.INSTRUCTION_SETS.index(cpu_library.instruction_set()) :
     ]:
-        with cpu.override(instruction_set=instruction_set):
-            one = cpu.multiply_add(dtype, 1, 100)
+        with cpu_library.override(instruction_set=instruction_set):
+            one = cpu_library.multiply_add(dtype, 1, 100)
             assert one > 0
-            assert cpu.multiply_add(dtype, 2, 300) == 6 * one
+            assert cpu_library.multiply_add(dtype, 2, 300) == 6 * one
 
 
 def test_products_are_the_operations_that_are_counted():

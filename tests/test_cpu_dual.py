@@ -7,7 +7,7 @@ import torch
 
 import torch_manual
 from kernel_problems import BUILT, CLASSES, GRIDS, SIZES, error, problem
-from torch_manual.kernels import cpu
+from torch_manual.kernels import cpu_library
 from torch_manual.kernels.lstm_dual import lstm_dual
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
@@ -41,7 +41,7 @@ def test_agrees_with_plain_torch(instruction_set, name):
         p = problem(*sizes, **CLASSES[name])
         right = dual(p, 63, "eager")
         for grid in GRIDS:
-            with cpu.override(instruction_set=instruction_set, grid=grid):
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
                 ours = dual(p, 63, "cpu")
             assert (error(ours, right) <= 1e-11).all(), (sizes, grid, error(ours, right))
 
@@ -60,7 +60,7 @@ def test_many_rows_go_through_in_chunks():
         for given in (1, 8, 63):
             right = dual(p, given, "eager")
             for grid in GRIDS:
-                with cpu.override(grid=grid):
+                with cpu_library.override(grid=grid):
                     assert (error(dual(p, given, "cpu"), right) <= 1e-10).all(), (D, given, grid)
 
 
@@ -77,7 +77,7 @@ def test_float32_is_as_accurate_as_plain_torch(instruction_set):
         p = problem(*sizes, **CLASSES[name])
         right, single = dual(p, 63, "eager"), p.to(torch.float32)
         bound = 3 * error(dual(single, 63, "eager"), right) + 1e-5
-        with cpu.override(instruction_set=instruction_set):
+        with cpu_library.override(instruction_set=instruction_set):
             assert (error(dual(single, 63, "cpu"), right) <= bound).all(), (sizes, name)
 
 

@@ -9,7 +9,7 @@ import torch_manual
 from kernel_problems import BUILT, CLASSES, GRIDS, SIZES, error, plain, problem
 from torch_manual.functions import lstm_gradients as functions
 from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
-from torch_manual.kernels import cpu, cpu_gradients
+from torch_manual.kernels import cpu_gradients, cpu_library
 from torch_manual.kernels import lstm as ops
 from torch_manual.kernels.lstm import by_direction, lstm_forward
 
@@ -56,7 +56,7 @@ def test_agrees_with_plain_torch(instruction_set, name):
         p = problem(*sizes, **CLASSES[name])
         right = given(gradients(p, backend="eager"))
         for grid in GRIDS:
-            with cpu.override(instruction_set=instruction_set, grid=grid):
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
                 ours = given(gradients(p))
             assert (error(ours, right) <= 1e-11).all(), (sizes, grid, error(ours, right))
 
@@ -72,7 +72,7 @@ def test_keeps_dh_for_a_second_derivative(instruction_set, name, short_chunks):
         *_, gates, cells = plain(p)[0]
         right = ops._backward(*p.outer, p.c0, p.batch_sizes, weights, gates, cells)[1]
         for grid in GRIDS:
-            with cpu.override(instruction_set=instruction_set, grid=grid):
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
                 ours = lstm_gradients(all_of(p), p.outer, primal(p))[4]
             assert error([ours], [right]) <= 1e-11, (sizes, grid)
 
@@ -85,7 +85,7 @@ def test_many_chunks_agree_with_one(name, short_chunks):
 @pytest.mark.parametrize("name", [n for n in SERVED if CLASSES[n].get("peepholes") != 2])  # BLAS
 def test_one_chunk_is_to_the_bit_what_the_ops_give(name, one_by_one):
     problems = [problem(*sizes, **CLASSES[name]) for sizes in (*SIZES, (70, 5, 3, 9))]
-    with cpu.override(grid=GRIDS[0]):
+    with cpu_library.override(grid=GRIDS[0]):
         ours = [given(gradients(p)) for p in problems]
         one_by_one()
         right = [given(gradients(p)) for p in problems]
@@ -163,7 +163,7 @@ def test_recomputed_to_the_bit(name, grid, short_chunks):
     for sizes in (*SIZES, (70, 5, 3, 9), (97, 1, 5, 3)):  # 97: a row left of the chunks of 96
         p = problem(*sizes, **CLASSES[name])
         for steps in (1, 2, 5):
-            with cpu.override(grid=grid):
+            with cpu_library.override(grid=grid):
                 right = lstm_gradients(all_of(p), (*p.outer[:3], None), primal(p), keep_dpre=False)
                 y, h_n, c_n, c_kept = cpu_gradients.lstm_forward(*p[:5], steps)
                 again = *p[:4], y, None, None, p.weights

@@ -24,9 +24,9 @@ from torch import nn
 import reference
 import torch_manual
 from kernel_problems import BUILT, CLASSES, GRIDS, SIZES, error, plain, problem
-from torch_manual.kernels import cpu
+from torch_manual.kernels import cpu, cpu_grid, cpu_library
 from torch_manual.kernels import lstm as ops
-from torch_manual.kernels.cpu import Grid
+from torch_manual.kernels.cpu_library import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
 
@@ -49,7 +49,9 @@ def test_agrees_with_plain_torch(instruction_set, name, dtype):
             bound = 3 * error([*forward_32, *backward_32], [*forward, *backward]) + 2e-6
         given = p.to(dtype)
         for grid, unpacked in itertools.product(GRIDS, (False, True)):
-            with cpu.override(instruction_set=instruction_set, grid=grid, unpacked=unpacked):
+            with cpu_library.override(
+                instruction_set=instruction_set, grid=grid, unpacked=unpacked
+            ):
                 ours = compiled(given, [t.to(dtype) for t in forward[3:]])
                 inferred = cpu.lstm_forward(*given[:5], False)
             assert (error([*ours[0], *ours[1]], [*forward, *backward]) <= bound).all(), (
@@ -68,7 +70,7 @@ def test_long_sums_and_many_chunks(instruction_set):
         p = problem(*sizes, **kind)
         forward, backward = plain(p)
         for grid in GRIDS:
-            with cpu.override(instruction_set=instruction_set, grid=grid):
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
                 ours = compiled(p, forward[3:])
                 inferred = cpu.lstm_forward(*p[:5], False)
             assert (error([*ours[0], *ours[1]], [*forward, *backward]) < 1e-10).all(), grid
@@ -82,7 +84,7 @@ def test_agrees_where_weights_outgrow_the_caches_or_one_step_packs_them(instruct
     p = problem(*sizes)
     forward, backward = plain(p)
     for grid in (Grid(), Grid(1, 1, 2)):
-        with cpu.override(instruction_set=instruction_set, grid=grid, unpacked=False):
+        with cpu_library.override(instruction_set=instruction_set, grid=grid, unpacked=False):
             ours = compiled(p, forward[3:])
         assert (error([*ours[0], *ours[1]], [*forward, *backward]) < 1e-11).all(), grid
 
@@ -180,7 +182,7 @@ def test_input_part_beforehand_or_at_its_step(instruction_set, dtype):
     for T, B, I, H in ((7, 6, 40, 33), (5, 13, 300, 100), (40, 4, 3, 8)):
         dense = problem(T, B, I, H, D=2, peepholes=1).to(dtype)
         packed = dense._replace(batch_sizes=torch.full((T,), B))
-        with cpu.override(instruction_set=instruction_set):
+        with cpu_library.override(instruction_set=instruction_set):
             results = (cpu.lstm_forward(*p[:5], True) for p in (dense, packed))
             for a, b in zip(*results, strict=True):
                 assert torch.equal(a, b)
@@ -284,7 +286,7 @@ def test_eight_threads_at_once():
                 wrong.append((k, n))
 
     for grid in (Grid(), Grid(1, 2, 1), Grid(1, 1, 2)):
-        with cpu.override(grid=grid):
+        with cpu_library.override(grid=grid):
             threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
             for t in threads:
                 t.start()
@@ -391,13 +393,13 @@ def test_threads_are_those_of_torch():
     """The number of threads that OpenMP makes follows torch.set_num_threads."""
     script = """
 import os, torch, torch_manual
-from torch_manual.kernels import cpu
+from torch_manual.kernels import cpu_grid, cpu_library
 torch.set_num_threads(3)
 with torch.no_grad():
     torch_manual.LSTM(64, 256)(torch.randn(20, 32, 64))
-assert cpu.grid(20, 32, 20 * 32 * 4 * 256 * 320, 256, 1) != cpu.Grid()
+assert cpu_grid.grid(20, 32, 20 * 32 * 4 * 256 * 320, 256, 1) != cpu_library.Grid()
 torch.set_num_threads(1)
-assert cpu.grid(20, 32, 20 * 32 * 4 * 256 * 320, 256, 1) == cpu.Grid()
+assert cpu_grid.grid(20, 32, 20 * 32 * 4 * 256 * 320, 256, 1) == cpu_library.Grid()
 with open("/proc/self/maps") as maps:
     runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
 assert len(runtimes) <= 1, runtimes
@@ -415,7 +417,7 @@ def test_denormals_are_zeros_within(instruction_set, grid):
     """In every thread of a call, and not after it."""
     layer = torch_manual.LSTM(5, 40)
     results = []
-    with cpu.override(instruction_set=instruction_set, grid=grid):
+    with cpu_library.override(instruction_set=instruction_set, grid=grid):
         for scale in (0.0, 1e-40):
             x = torch.full((9, 3, 5), scale, requires_grad=True)
             h = c = torch.full((1, 3, 40), scale)
@@ -456,19 +458,19 @@ def test_denormals_are_zeros_within(instruction_set, grid):
     ],
 )
 def test_what_threads_share(monkeypatch, cache, n, B, H, forward, backward):
-    monkeypatch.setattr(cpu, "_second_level_cache", lambda: cache)
-    monkeypatch.setattr(cpu, "threads", lambda work: n)
+    monkeypatch.setattr(cpu_library, "second_level_cache", lambda: cache)
+    monkeypatch.setattr(cpu_grid, "threads", lambda work: n)
     T = 100
-    assert cpu.grid(T, B, T * B * 4 * H * 2 * H, H, 1) == forward
-    assert cpu.grid(T, B, T * B * 4 * H * H, H, 1, backward=True) == backward
+    assert cpu_grid.grid(T, B, T * B * 4 * H * 2 * H, H, 1) == forward
+    assert cpu_grid.grid(T, B, T * B * 4 * H * H, H, 1, backward=True) == backward
 
 
 def test_says_why_it_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "FOLDER", tmp_path)
-    monkeypatch.setattr(cpu, "_status", None)
-    monkeypatch.setattr(cpu, "_libraries", {})
+    monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
+    monkeypatch.setattr(cpu_library, "_status", None)
+    monkeypatch.setattr(cpu_library, "_libraries", {})
     assert "was not compiled" in torch_manual.backends()["cpu"]
-    assert not cpu.serves(torch.float32)
+    assert not cpu_library.serves(torch.float32)
     torch_manual.LSTM(3, 4)(torch.randn(5, 2, 3))[0].sum().backward()
     with pytest.raises(RuntimeError, match="'cpu' is not available: it was not compiled"):
         torch_manual.use_backend("cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernel_problems import BUILT, error
-from torch_manual.kernels import cpu, lstm_sums
-from torch_manual.kernels.cpu import Grid
+from torch_manual.kernels import cpu_library, lstm_sums
+from torch_manual.kernels.cpu_library import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
 
@@ -36,7 +36,7 @@ def test_weight_sums(instruction_set):
         dpre, x, h_prev = draw((rows, 4 * H), (rows, I), (rows, P))
         right = lstm_sums._weight_sums(dpre, x, h_prev, True, samples)
         for grid in THREADS:
-            with cpu.override(instruction_set=instruction_set, grid=grid):
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
                 ours = lstm_sums.lstm_weight_sums(dpre, x, h_prev, True, samples)
             assert [t.shape for t in ours] == [t.shape for t in right]
             assert (error(ours, right) <= 1e-12 * N**0.5).all(), (N, H, I, P, samples, grid)
@@ -48,7 +48,7 @@ def test_input_sums(instruction_set):
         dpre, weights = draw((D, N, 4 * H), (D, 4 * H, I))
         right = lstm_sums._input_sums(dpre, weights)
         for grid in THREADS:
-            with cpu.override(instruction_set=instruction_set, grid=grid):
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
                 ours = lstm_sums.lstm_input_sums([*dpre], [*weights])
             assert (error([ours], [right]) <= 1e-12 * H**0.5).all(), (N, H, I, D, grid)
 
@@ -60,7 +60,7 @@ def test_sums_of_diagonal_peepholes(instruction_set):
         i, f, _, o = dpre.chunk(4, 1)
         right = [(i * c_prev).sum(0), (f * c_prev).sum(0), (o * c).sum(0)]
         for grid in THREADS:
-            with cpu.override(instruction_set=instruction_set, grid=grid):
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
                 ours = lstm_sums.lstm_peephole_sums(dpre, c_prev, c)
             assert (error(ours, right) <= 1e-12 * N**0.5).all(), (N, H, grid)
         single = lstm_sums.lstm_peephole_sums(dpre.float(), c_prev.float(), c.float())
@@ -74,7 +74,7 @@ def test_float32_is_as_accurate_as_blas(instruction_set):
         dpre, x, h_prev, weight = (t.float() for t in wide)
         right = [*lstm_sums._weight_sums(*wide[:3], True), wide[0] @ wide[3]]
         blas = [*lstm_sums._weight_sums(dpre, x, h_prev, True), dpre @ weight]
-        with cpu.override(instruction_set=instruction_set):
+        with cpu_library.override(instruction_set=instruction_set):
             ours = [
                 *lstm_sums.lstm_weight_sums(dpre, x, h_prev, True),
                 lstm_sums.lstm_input_sums([dpre], [weight]),

@@ -10,7 +10,7 @@ import torch
 
 import torch_manual
 from kernel_problems import BUILT, CLASSES, GRIDS, SIZES, error, plain, problem
-from torch_manual.kernels import cpu, lstm_tangent
+from torch_manual.kernels import cpu_library, lstm_tangent
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
 
@@ -52,7 +52,7 @@ def test_agrees_with_plain_torch(instruction_set, name):
         p = problem(*sizes, **CLASSES[name])
         right = tangents(p, 63, "eager")
         for grid in GRIDS:
-            with cpu.override(instruction_set=instruction_set, grid=grid):
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
                 ours = tangents(p, 63, "cpu")
             assert (error(ours, right) <= 1e-11).all(), (sizes, grid, error(ours, right))
 
@@ -71,7 +71,7 @@ def test_float32_is_as_accurate_as_plain_torch(instruction_set):
         p = problem(*sizes, **CLASSES[name])
         right, single = tangents(p, 63, "eager"), p.to(torch.float32)
         bound = 3 * error(tangents(single, 63, "eager"), right) + 1e-5
-        with cpu.override(instruction_set=instruction_set):
+        with cpu_library.override(instruction_set=instruction_set):
             assert (error(tangents(single, 63, "cpu"), right) <= bound).all(), (sizes, name)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from kernel_problems import BUILT, CLASSES, problem
 from torch_manual.functions.lstm_gradients import Primal, lstm_gradients
-from torch_manual.kernels import cpu, cpu_gradients, crowding
-from torch_manual.kernels.cpu import Grid
+from torch_manual.kernels import cpu_gradients, cpu_grid, cpu_library, crowding
+from torch_manual.kernels.cpu_library import Grid
 from torch_manual.kernels.lstm import lstm_backward, lstm_forward
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
@@ -48,15 +48,15 @@ def test_two_crowded_calls_in_a_row_spare_a_thread_for_a_while(clock):
 
 def test_only_threads_that_share_units_are_spared(monkeypatch):
     monkeypatch.setattr(crowding, "spared", lambda: 1)
-    assert cpu.thinned(Grid(2, 1, 4)) == Grid(2, 1, 3)
-    assert cpu.thinned(Grid(1, 1, 2)) == cpu.thinned(Grid()) == Grid()
-    assert cpu.thinned(Grid(2, 3, 1)) == Grid(2, 3, 1)
-    with cpu.override(grid=Grid(1, 1, 2)):
-        assert cpu.thinned(Grid(1, 1, 2)) == Grid(1, 1, 2)
+    assert cpu_grid.thinned(Grid(2, 1, 4)) == Grid(2, 1, 3)
+    assert cpu_grid.thinned(Grid(1, 1, 2)) == cpu_grid.thinned(Grid()) == Grid()
+    assert cpu_grid.thinned(Grid(2, 3, 1)) == Grid(2, 3, 1)
+    with cpu_library.override(grid=Grid(1, 1, 2)):
+        assert cpu_grid.thinned(Grid(1, 1, 2)) == Grid(1, 1, 2)
 
 
 def passes(p, grid):
-    with cpu.override(grid=grid):
+    with cpu_library.override(grid=grid):
         forward = lstm_forward(*p[:5], True)
         return *forward, *lstm_backward(*p.outer, p.c0, p.batch_sizes, p.weights, *forward[3:])
 
@@ -67,7 +67,7 @@ def test_bits_do_not_depend_on_who_has_which_units(instruction_set, name):
     for sizes in ((4, 5, 9, 100), (3, 1, 5, 70), (1, 9, 5, 40)):
         for dtype in (torch.float32, torch.float64):
             p = problem(*sizes, **CLASSES[name]).to(dtype)
-            with cpu.override(instruction_set=instruction_set):
+            with cpu_library.override(instruction_set=instruction_set):
                 alone, *shared = (passes(p, Grid(1, 1, n)) for n in (1, 2, 3))
             for results in shared:
                 assert all(map(torch.equal, results, alone)), (sizes, dtype)
@@ -78,7 +78,7 @@ def test_bits_do_not_depend_on_who_has_which_units(instruction_set, name):
 def test_bits_do_not_depend_on_where_the_input_part_is_made(instruction_set, I, H):
     """Two threads have few enough weights each to make it at its step, one has not."""
     p = problem(3, 8, I, H).to(torch.float32)
-    with cpu.override(instruction_set=instruction_set):
+    with cpu_library.override(instruction_set=instruction_set):
         assert all(map(torch.equal, passes(p, Grid(1, 1, 1)), passes(p, Grid(1, 1, 2))))
 
 
@@ -86,8 +86,8 @@ def test_bits_do_not_depend_on_where_the_input_part_is_made(instruction_set, I, 
 @pytest.mark.parametrize("instruction_set", BUILT)
 def test_threads_take_on_the_shares_of_those_spared(monkeypatch, instruction_set, name):
     monkeypatch.setattr(cpu_gradients, "chunk_rows", lambda *_: 9)
-    monkeypatch.setattr(cpu, "threads", lambda _: 4)
-    monkeypatch.setattr(cpu, "grid", lambda *_, **__: Grid())
+    monkeypatch.setattr(cpu_grid, "threads", lambda _: 4)
+    monkeypatch.setattr(cpu_grid, "grid", lambda *_, **__: Grid())
     for sizes in ((7, 5, 9, 50), (5, 3, 20, 17)):
         p = problem(*sizes, **CLASSES[name]).to(torch.float32)
         needs = True, True, True, *(w is not None for w in p.weights)
@@ -95,7 +95,7 @@ def test_threads_take_on_the_shares_of_those_spared(monkeypatch, instruction_set
         results = []
         for spared in (0, 1, 2, 5):
             monkeypatch.setattr(crowding, "spared", lambda n=spared: n)
-            with cpu.override(instruction_set=instruction_set):
+            with cpu_library.override(instruction_set=instruction_set):
                 found = lstm_gradients(
                     needs, p.outer, Primal(*p[:4], y, gates, cells, p.weights), keep_dpre=False
                 )
@@ -113,18 +113,18 @@ def test_two_threads_on_one_core_notice():
 import os
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import torch, torch_manual
-from torch_manual.kernels import cpu, crowding
+from torch_manual.kernels import cpu_grid, cpu_library, crowding
 torch.set_num_threads(2)
 layer, x = torch_manual.LSTM(64, 64), torch.randn(1000, 1, 64)
 def grid():
-    return cpu.grid(1000, 1, 1000 * 4 * 64 * 128, 64, 1)
-assert grid() == cpu.Grid(1, 1, 2) == cpu.thinned(grid())
+    return cpu_grid.grid(1000, 1, 1000 * 4 * 64 * 128, 64, 1)
+assert grid() == cpu_library.Grid(1, 1, 2) == cpu_grid.thinned(grid())
 with torch.no_grad():
     expected = layer(x)[0]
     for _ in range(3):
         assert torch.equal(layer(x)[0], expected)
-assert cpu.thinned(grid()) == cpu.Grid()
+assert cpu_grid.thinned(grid()) == cpu_library.Grid()
 crowding._until = 0.0
-assert cpu.thinned(grid()) == cpu.Grid(1, 1, 2)
+assert cpu_grid.thinned(grid()) == cpu_library.Grid(1, 1, 2)
 """
     subprocess.run([sys.executable, "-c", script], check=True)

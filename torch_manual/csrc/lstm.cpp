@@ -1,4 +1,4 @@
-// The functions that torch_manual/kernels/cpu.py calls, for one instruction set. They return an Outcome.
+// The functions that torch_manual/kernels/cpu*.py call, for one instruction set. They return an Outcome.
 #include <unistd.h>
 
 #include "lstm_dual.h"

@@ -4,7 +4,7 @@
 // P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o. All tensors are
 // dense, in C order, unless a stride is named. A pointer marked "or null" may be left out.
 //
-// torch_manual/kernels/cpu.py fills these structures: every member takes eight bytes.
+// torch_manual/kernels/cpu*.py fill these structures: every member takes eight bytes.
 #pragma once
 
 #include <cstring>

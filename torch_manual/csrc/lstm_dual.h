@@ -2,7 +2,7 @@
 // both: no gates are kept between the two. Without projection and full peepholes.
 #pragma once
 
-#include "lstm_forward.h"
+#include "lstm_forward_tiles.h"
 
 namespace {
 

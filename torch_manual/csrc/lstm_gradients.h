@@ -2,7 +2,8 @@
 // the sums over these while their dpre is in the cache. Without projections.
 #pragma once
 
-#include "lstm_forward.h"
+#include "lstm_backward_tiles.h"
+#include "lstm_forward_tiles.h"
 #include "lstm_sums.h"
 
 namespace {

@@ -4,7 +4,7 @@
 // multiplied with are packed.
 #pragma once
 
-#include "lstm_backward.h"
+#include "lstm.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // The gate mathematics of the tangents: R2 to R7 after tpre, R10 to R16 after tdm.
 #pragma once
 
-#include "lstm_backward.h"
-#include "lstm_forward.h"
+#include "lstm_backward_tiles.h"
+#include "lstm_forward_tiles.h"
 
 namespace {
 

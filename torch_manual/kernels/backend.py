@@ -19,9 +19,9 @@ def backends() -> dict[str, str]:
 
 
 def _cpu_status() -> str:
-    from torch_manual.kernels import cpu  # cpu.py asks here which backend is requested
+    from torch_manual.kernels import cpu_library  # it asks here which backend is requested
 
-    return cpu.status()
+    return cpu_library.status()
 
 
 def _triton_status() -> str:

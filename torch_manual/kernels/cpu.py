@@ -1,250 +1,22 @@
-"""The compiled CPU kernel (torch_manual/csrc): loading it, and the ops it implements.
-
-The build puts one shared object per instruction set beside its sources, `csrc/lstm_avx512.so`,
-`lstm_avx2.so` and `lstm_baseline.so`. At first use the best one that the processor can run is
-loaded. Torch is imported first, so both use one OpenMP runtime. See docs/cpu_kernel.md.
+"""The ops of kernels/lstm.py on CPU tensors, in the compiled kernel (torch_manual/csrc).
 
 Shapes are those of torch_manual/kernels/lstm.py; csrc/lstm.h describes the structures filled here.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import math
-import os
-import platform
 import struct
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import backend, crowding, memory
+from torch_manual.kernels import memory
+from torch_manual.kernels.cpu_grid import grid, thinned, unpacked
+from torch_manual.kernels.cpu_library import HALF, call
 
-INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
-FOLDER = Path(
-    os.environ.get("TORCH_MANUAL_KERNEL_FOLDER", Path(__file__).resolve().parent.parent / "csrc")
-)
-_FUNCTIONS = (
-    "lstm_forward",
-    "lstm_backward",
-    "lstm_tangent",
-    "lstm_dual",
-    "lstm_backward_tangent",
-    "lstm_input_sums",
-    "lstm_weight_sums",
-    "lstm_peephole_sums",
-    "lstm_gradients",
-    "multiply_add",
-)
-_LARGE_CACHE = 2 << 20  # the second level's of Intel's servers, whose third level is slow
-HALF = (torch.float16, torch.bfloat16)
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
-_WORTH_A_THREAD = 1_000_000  # multiplications
-_WORTH_WAITING = 8_000  # multiplications of a thread in a step
-
-
-class Grid(NamedTuple):
-    """How many threads share the directions, the sequences and the hidden units of one call."""
-
-    directions: int = 1
-    batches: int = 1
-    units: int = 1
-
-
-_ALONE = Grid()
-
-
-class _Override(NamedTuple):
-    instruction_set: str | None = None
-    grid: Grid | None = None
-    unpacked: bool | None = None
-
-
-_override = _Override(instruction_set=os.environ.get("TORCH_MANUAL_INSTRUCTION_SET"))
-_libraries: dict[str, dict[tuple[str, torch.dtype], Any]] = {}
-_status: str | None = None
-_forked = False
-_caller: ThreadPoolExecutor | None = None  # in a forked child; its one thread has its own OpenMP's
-
-
-@contextmanager
-def override(**choices: Any) -> Iterator[None]:
-    """Within a `with` block, fix what is otherwise chosen by processor and shape. For tests.
-
-    Args:
-        choices: `instruction_set`, a name of INSTRUCTION_SETS; `grid`, a `Grid`; `unpacked`,
-            whether the weights are read where they are.
-    """
-    global _override
-    before, _override = _override, _override._replace(**choices)
-    try:
-        yield
-    finally:
-        _override = before
-
-
-def status() -> str:
-    """Return `"available"`, or why the kernel does not serve here."""
-    global _status
-    if _status is None:
-        try:
-            _functions()
-            _status = "available"
-        except (OSError, RuntimeError) as error:
-            _status = str(error)
-    return _status
-
-
-def serves(dtype: torch.dtype) -> bool:
-    """Whether the backend asked for lets this kernel serve CPU tensors of `dtype`.
-
-    Raises:
-        RuntimeError: `use_backend("cpu")` asks for it, and it has no code for `dtype`.
-    """
-    requested = backend.requested()
-    if requested not in ("auto", "cpu"):
-        return False
-    has_code = dtype in (torch.float32, torch.float64, *HALF)
-    if requested == "cpu" and not has_code:
-        raise RuntimeError(f"use_backend: the 'cpu' kernel has no code for {dtype}")
-    return has_code and (_status or status()) == "available"
-
-
-def instruction_set() -> str:
-    """Return the instruction set in use.
-
-    Raises:
-        RuntimeError: none of those built runs here.
-    """
-    if _override.instruction_set:
-        return _override.instruction_set
-    return _best_instruction_set()
-
-
-def _best_instruction_set() -> str:
-    if not _path("baseline").exists():
-        raise RuntimeError(
-            f"it was not compiled when torch_manual was installed: no {_path('baseline')} "
-            "(install again where there is a C++ compiler)"
-        )
-    query = ctypes.CDLL(str(_path("baseline"))).best_instruction_set
-    query.restype = ctypes.c_char_p
-    best = INSTRUCTION_SETS.index(query().decode())
-    for name in INSTRUCTION_SETS[best:]:
-        if _path(name).exists():
-            if name == "baseline" and platform.machine() in ("x86_64", "AMD64"):
-                raise RuntimeError(
-                    "the processor has neither AVX2 nor AVX-512: torch ops are faster"
-                )
-            return name
-    raise RuntimeError(f"no file in {FOLDER} that this processor can run")
-
-
-def _path(name: str) -> Path:
-    return FOLDER / f"lstm_{name}.so"
-
-
-def _functions() -> dict[tuple[str, torch.dtype], Any]:
-    """The functions of the library in use, by name and dtype."""
-    chosen = _override.instruction_set or ""
-    if chosen not in _libraries:
-        library = ctypes.CDLL(str(_path(instruction_set())))
-        _libraries[chosen] = {
-            (name, dtype): getattr(library, f"{name}_{suffix}")
-            for name in _FUNCTIONS
-            for dtype, suffix in ((torch.float32, "float32"), (torch.float64, "float64"))
-        }
-    return _libraries[chosen]
-
-
-def _after_fork() -> None:
-    """OpenMP would wait forever for its parent's threads: a child leaves them to a new thread."""
-    global _forked, _caller
-    _forked, _caller = True, None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> Grid:
-    """The threads to use, by shape; `work` is the number of multiplications of one direction.
-
-    Threads that share the sequences never wait for one another, but each reads all weights: worth
-    it for four sequences a thread, and for any where units are few. Those that share the units wait
-    at every step, and a step must be worth it.
-    """
-    if _override.grid:
-        return _override.grid
-    n = threads(D * work)
-    if n == 1:
-        return _ALONE
-    directions = D if n >= D else 1
-    n //= directions
-    if n == 1 or work < _WORTH_A_THREAD:
-        return Grid(directions)
-    few_units = H <= (96 if backward else 48)
-    if T > 1 and few_units and 1 < B < 4 * n:
-        return Grid(directions, min(n, B))
-    if T > 1 and 4 * n <= B:
-        least = _least_units(4 * (work // (T * B)), B // n, H, backward)
-        units = next((u for u in range(least, n) if n % u == 0), n)
-        if units < n:
-            return Grid(directions, n // units, units)
-    units = min(n, -(-H // 32), max(1, work // (T * _WORTH_WAITING)))
-    return Grid(directions, units=units)
-
-
-def thinned(grid: Grid) -> Grid:
-    """`grid`, or fewer threads that share units while these would wait for a core."""
-    if grid.units == 1 or _override.grid:
-        return grid
-    return grid._replace(units=max(1, grid.units - crowding.spared()))
-
-
-def _least_units(size: int, rows: int, H: int, backward: bool) -> int:
-    """How many threads at least share the units.
-
-    `size` is that of the weights, in bytes of float32; `rows` the sequences of each thread if they
-    share those.
-
-    Behind a large second-level cache the third is slow. So the weights that a thread reads at a
-    step should leave room in the second. The backward pass has more to hand from core to core, four
-    gates for every output: its weights may even come from the third for many rows.
-    """
-    cache = _second_level_cache()
-    if cache < _LARGE_CACHE:
-        return 1 if H <= 256 else sys.maxsize
-    if backward:
-        return 1 if H <= 512 and (size <= cache or rows >= 16) else sys.maxsize
-    return max(1, -(-size * 9 // (5 * cache))) if H <= 256 else sys.maxsize
-
-
-@functools.cache
-def _second_level_cache() -> int:
-    query = ctypes.CDLL(str(_path("baseline"))).second_level_cache
-    query.restype = ctypes.c_int64
-    return query()
-
-
-def threads(work: int) -> int:
-    """How many threads may share so many multiplications."""
-    if _override.grid:
-        return math.prod(_override.grid)
-    if work < _WORTH_A_THREAD:
-        return 1
-    return torch.get_num_threads()
-
-
 # Sizes take twelve words; then come three more and nine pointers, or eleven pointers and a stride.
 FORWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
 BACKWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
@@ -385,13 +157,6 @@ def lstm_dual(
     return out, tout
 
 
-def unpacked(T: int, N: int) -> bool:
-    """Whether packing the weights would not pay for so few rows."""
-    if _override.unpacked is not None:
-        return _override.unpacked
-    return N <= (24 if T == 1 else 12)
-
-
 def lstm_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -456,30 +221,6 @@ def rows_of(dy: Tensor | None) -> tuple[Tensor | None, int]:
         return dy[:1].contiguous(), 0
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     return dy, dy.stride(0)
-
-
-def call(name: str, dtype: torch.dtype, arguments: bytes) -> None:
-    begun = time.monotonic()
-    outcome = _run(_functions()[name, dtype], arguments)
-    if outcome == crowding.CROWDED:
-        crowding.note(begun)
-    elif outcome:
-        raise MemoryError(f"{name}: no memory for the packed weights")
-
-
-def _run(function: Any, *arguments: Any) -> int:
-    global _caller
-    if not _forked or torch.get_num_threads() == 1:
-        return function(*arguments)
-    _caller = _caller or ThreadPoolExecutor(1, "torch_manual")
-    return _caller.submit(function, *arguments).result()
-
-
-def multiply_add(dtype: torch.dtype, n_threads: int, repeats: int) -> int:
-    """Keep the processor multiplying and adding in registers; return how many operations it did."""
-    function = _functions()["multiply_add", dtype]
-    function.argtypes, function.restype = [ctypes.c_int64] * 2, ctypes.c_int64
-    return _run(function, n_threads, repeats)
 
 
 def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import backend, cpu, crowding, memory
+from torch_manual.kernels import backend, cpu, cpu_grid, cpu_library, crowding, memory
 from torch_manual.kernels.cpu_sums import DTYPES
 from torch_manual.kernels.lstm import LSTMWeights, dispatched
 
@@ -36,7 +36,7 @@ def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) 
         and x.shape[0] > 0
         and not dispatched(x, *others, *weights)
         and not backend.triton_serves(x)
-        and cpu.serves(x.dtype)
+        and cpu_library.serves(x.dtype)
     )
 
 
@@ -103,15 +103,15 @@ def lstm_gradients(
         for w, need in zip(weights, needs[3:], strict=True)
     ]
     to_dweights = _addresses(dweights)
-    cpu.call(
+    cpu_library.call(
         "lstm_gradients",
         x.dtype,
         _arguments(
             *(T, B, I, H, H, D, full, False),
-            *(*cpu.thinned(cpu.grid(T, B, N * 4 * H * H, H, D, backward=True)), lengths),
-            *cpu.thinned(cpu.grid(T, B, N * 4 * H * (I + H), H, D)),
-            *(N, cpu.threads(N * 4 * H * (I + H)), crowding.spared()),
-            *(cpu.unpacked(T, N), recompute, rows),
+            *(*cpu_grid.thinned(cpu_grid.grid(T, B, N * 4 * H * H, H, D, backward=True)), lengths),
+            *cpu_grid.thinned(cpu_grid.grid(T, B, N * 4 * H * (I + H), H, D)),
+            *(N, cpu_grid.threads(N * 4 * H * (I + H)), crowding.spared()),
+            *(cpu_grid.unpacked(T, N), recompute, rows),
             *_addresses((x, h0, c0, y, gates, cells, c_kept, dy)),
             stride_dy,
             *_addresses((dh_n, dc_n, dcells, dpre, dh, dh0, dc0, dx)),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu, memory
+from torch_manual.kernels import cpu_grid, cpu_library, memory
 
 DTYPES = (torch.float32, torch.float64)
 _input_sums_arguments = struct.Struct("11q").pack
@@ -26,8 +26,8 @@ def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Ten
     (N, K), I, D = dpre[0].shape, weights_ih[0].shape[1], len(dpre)
     dx = memory.empty(dpre[0], N, I)
     addresses = [t.data_ptr() for ts in (dpre, weights_ih) for t in (ts[0], ts[-1])]
-    threads = cpu.threads(N * K * I)  # of one direction, so that one alone gives the same bits
-    cpu.call(
+    threads = cpu_grid.threads(N * K * I)  # of one direction, so that one alone gives the same bits
+    cpu_library.call(
         "lstm_input_sums",
         dx.dtype,
         _input_sums_arguments(N, I, K, K, D, threads, dx.data_ptr(), *addresses),
@@ -56,11 +56,11 @@ def lstm_weight_sums(
     results.append(memory.empty(dpre, *apart, M) if bias else dpre.new_empty(0))
     if N == 0:
         return tuple(t.zero_() for t in results)  # type: ignore[return-value]
-    cpu.call(
+    cpu_library.call(
         "lstm_weight_sums",
         dpre.dtype,
         _weight_sums_arguments(
-            *(N, *widths, M, cpu.threads(N * S * M * sum(widths)), S, S * M, dpre.data_ptr()),
+            *(N, *widths, M, cpu_grid.threads(N * S * M * sum(widths)), S, S * M, dpre.data_ptr()),
             *(0 if t is None else t.data_ptr() for t in given),
             *(t.data_ptr() for t in results),
             *_NOT_DELAYED,
@@ -75,7 +75,9 @@ def lstm_peephole_sums(dpre: Tensor, c_prev: Tensor, c: Tensor) -> tuple[Tensor,
     dweights = c.new_empty(H), c.new_empty(H), c.new_empty(H)
     if N == 0:
         return tuple(t.zero_() for t in dweights)
-    threads = cpu.threads(N * 3 * H)
+    threads = cpu_grid.threads(N * 3 * H)
     addresses = (t.data_ptr() for t in (dpre, c_prev, c, *dweights))
-    cpu.call("lstm_peephole_sums", c.dtype, _peephole_sums_arguments(N, H, threads, *addresses))
+    cpu_library.call(
+        "lstm_peephole_sums", c.dtype, _peephole_sums_arguments(N, H, threads, *addresses)
+    )
     return dweights

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu, lstm_tangent, memory
+from torch_manual.kernels import cpu, cpu_grid, cpu_library, lstm_tangent, memory
 from torch_manual.kernels.cpu_sums import lstm_input_sums
 from torch_manual.kernels.lstm import LSTMWeights, _peep, _peep_back
 from torch_manual.kernels.rows import first, previous
@@ -60,11 +60,22 @@ def tangent_direction(
         return ty, th, tc, tpre, tcells
     weights, pointers, full = cpu.in_c_order((weight_ih, w.weight_hh, tw[2], tw[3], *w[4:]))
     I = 0 if x is None else x.shape[1]
-    cpu.call(
+    cpu_library.call(
         "lstm_tangent",
         cells.dtype,
         _tangent_arguments(
-            *(T, B, I, H, P, 1, full, reverse, *cpu.grid(T, B, N * 4 * H * (I + P), H, 1), lengths),
+            *(
+                T,
+                B,
+                I,
+                H,
+                P,
+                1,
+                full,
+                reverse,
+                *cpu_grid.grid(T, B, N * 4 * H * (I + P), H, 1),
+                lengths,
+            ),
             *(0, 0, 0, 0 if x is None else x.data_ptr(), th.data_ptr(), tc.data_ptr()),
             *(ty.data_ptr(), th_n.data_ptr(), tc_n.data_ptr(), tpre.data_ptr(), tcells.data_ptr()),
             *(0, *pointers),
@@ -129,12 +140,12 @@ def backward_tangent_direction(
     more = [_contiguous(t) for t in (dm, tdm, dc_given, dc_next, tgates, tcells, tc0)]
     weights, pointers, full = cpu.in_c_order(_of_recurrence(w))
     addresses = [0 if t is None else t.data_ptr() for t in given]
-    cpu.call(
+    cpu_library.call(
         "lstm_backward_tangent",
         cells.dtype,
         _backward_tangent_arguments(
             *(T, B, 0, H, P, 1, full, reverse),
-            *(*cpu.grid(T, B, N * 4 * H * P, H, 1, backward=True), lengths),
+            *(*cpu_grid.grid(T, B, N * 4 * H * P, H, 1, backward=True), lengths),
             *(addresses[0], P, *addresses[1:]),
             *(tdpre.data_ptr(), tdh.data_ptr(), tdh0.data_ptr(), tdc0.data_ptr()),
             *pointers,

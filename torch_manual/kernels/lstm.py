@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 
-from torch_manual.kernels import backend, cpu
+from torch_manual.kernels import backend, cpu, cpu_library
 from torch_manual.kernels.rows import previous, steps
 
 
@@ -279,13 +279,13 @@ def _triton() -> Any:
 def _forward_cpu(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if backend.triton_serves(x):
         return _triton().lstm_forward(x, *rest)
-    return (cpu.lstm_forward if cpu.serves(x.dtype) else _forward)(x, *rest)
+    return (cpu.lstm_forward if cpu_library.serves(x.dtype) else _forward)(x, *rest)
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     if backend.triton_serves(args[4]):
         return _triton().lstm_backward(*args)
-    return (cpu.lstm_backward if cpu.serves(args[4].dtype) else _backward)(*args)
+    return (cpu.lstm_backward if cpu_library.serves(args[4].dtype) else _backward)(*args)
 
 
 def _forward_cuda(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -344,8 +344,8 @@ def lstm_step(
     if (
         dispatched(x, h, c, *weights)
         or backend.triton_serves(x)
-        or not cpu.serves(x.dtype)
-        or x.dtype in cpu.HALF
+        or not cpu_library.serves(x.dtype)
+        or x.dtype in cpu_library.HALF
     ):
         y, _, c_n, *kept = lstm_forward(x, h.unsqueeze(0), c.unsqueeze(0), None, weights, save)
         return y, c_n.squeeze_(0), *(kept if save else ())

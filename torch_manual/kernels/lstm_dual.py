@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from torch_manual.kernels import backend, cpu
+from torch_manual.kernels import backend, cpu, cpu_library
 from torch_manual.kernels.lstm import by_direction, dispatched, lstm_forward
 from torch_manual.kernels.lstm_tangent import lstm_tangent
 
@@ -34,8 +34,8 @@ def lstm_dual(
         and (w.weight_ci is None or w.weight_ci.dim() == 1)
         and not dispatched(tx, th0, tc0, *tweights, x, h0, c0, *weights)
         and not backend.triton_serves(x)
-        and cpu.serves(x.dtype)
-        and x.dtype not in cpu.HALF
+        and cpu_library.serves(x.dtype)
+        and x.dtype not in cpu_library.HALF
     ):
         return cpu.lstm_dual(tx, th0, tc0, tweights, x, h0, c0, batch_sizes, weights, return_cells)
     y, h_n, c_n, gates, cells = lstm_forward(x, h0, c0, batch_sizes, weights, True)

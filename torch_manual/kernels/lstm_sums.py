@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from torch_manual.kernels import cpu, cpu_sums
+from torch_manual.kernels import cpu_library, cpu_sums
 from torch_manual.kernels.lstm import dispatched
 
 
@@ -68,7 +68,7 @@ def lstm_peephole_sums(dpre: Tensor, c_prev: Tensor, c: Tensor) -> tuple[Tensor,
     if (
         dispatched(dpre, c_prev, c)
         or dpre.dtype not in cpu_sums.DTYPES
-        or not cpu.serves(dpre.dtype)
+        or not cpu_library.serves(dpre.dtype)
     ):
         return None
     return cpu_sums.lstm_peephole_sums(dpre, c_prev, c)  # B15
@@ -121,12 +121,12 @@ def _fake_weight_sums(
 
 
 def _input_sums_cpu(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Tensor:
-    serves = dpre[0].dtype in cpu_sums.DTYPES and cpu.serves(dpre[0].dtype)
+    serves = dpre[0].dtype in cpu_sums.DTYPES and cpu_library.serves(dpre[0].dtype)
     return (cpu_sums.lstm_input_sums if serves else _input_sums)(dpre, weights_ih)
 
 
 def _weight_sums_cpu(dpre: Tensor, *rest: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor]:
-    serves = dpre.dtype in cpu_sums.DTYPES and cpu.serves(dpre.dtype)
+    serves = dpre.dtype in cpu_sums.DTYPES and cpu_library.serves(dpre.dtype)
     return (cpu_sums.lstm_weight_sums if serves else _weight_sums)(dpre, *rest)  # type: ignore[arg-type]
 
 

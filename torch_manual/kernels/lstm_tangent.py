@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import backend, cpu
+from torch_manual.kernels import backend, cpu_library
 from torch_manual.kernels.lstm import (
     LSTMWeights,
     _cast,
@@ -79,7 +79,7 @@ def _loops(t: Tensor, weights: Sequence[Tensor | None]) -> tuple[Callable, Calla
         from torch_manual.kernels import triton_tangent
 
         return triton_tangent.tangent_direction, triton_tangent.backward_tangent_direction
-    if t.is_cpu and not backend.triton_serves(t) and cpu.serves(t.dtype):
+    if t.is_cpu and not backend.triton_serves(t) and cpu_library.serves(t.dtype):
         from torch_manual.kernels import cpu_tangent
 
         return cpu_tangent.tangent_direction, cpu_tangent.backward_tangent_direction

@@ -72,6 +72,8 @@ def lstm_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return dx, dh0, dc0, dpre, dh and the gradient of every weight.
 
+    dh is that of all rows, or (D, 0): `lstm_gradient_tangents` then makes it again.
+
     Args:
         needs: whether to compute the gradient of x, h0, c0 and each weight; else it is None.
         outer: dy, dh_n, dc_n, dcells; None is zero.

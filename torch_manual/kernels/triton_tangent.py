@@ -75,8 +75,8 @@ def backward_tangent_direction(
     tdy, tdh_next, tdc_next, tdcells = filled_outer(touter, c0, w, cells)
     c_before = previous(cells, c0, batch_sizes, reverse)
     tc_before = previous(tcells, tc0, batch_sizes, reverse)
-    dpre, gates, cells, tgates, tcells = (
-        t.contiguous() for t in (dpre, gates, cells, tgates, tcells)
+    dh_rows, dpre, gates, cells, tgates, tcells = (
+        t.contiguous() for t in (dh_rows, dpre, gates, cells, tgates, tcells)
     )
     tdpre = torch.empty_like(dpre)
     tdh_rows = torch.empty_like(dh_rows) if w.weight_hr is not None else dpre.new_empty(0)

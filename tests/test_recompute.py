@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from torch_manual.functions import lstm_gradients
 from torch_manual.kernels import cpu_gradients
 
 AVAILABLE = [name for name, s in torch_manual.backends().items() if s == "available"]
+CLASSES = [
+    torch_manual.LSTM,
+    torch_manual.PeepholeLSTM,
+    pytest.param(partial(torch_manual.PeepholeLSTM, peephole="full"), id="full peepholes"),
+]
 KWARGS = [
     {},
     {"num_layers": 2, "bidirectional": True, "batch_first": True},
@@ -22,7 +28,7 @@ KWARGS = [
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("kwargs", KWARGS, ids=str)
-@pytest.mark.parametrize("cls", [torch_manual.LSTM, torch_manual.PeepholeLSTM])
+@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "triton"])
 def test_bit_identical(backend, cls, kwargs, packed, monkeypatch):
     monkeypatch.setattr(lstm_gradients, "BLOCK_ROWS", 300)

@@ -51,12 +51,11 @@ struct Backward {
     struct OutputTile;
     struct CellTile;
     struct PeepholeTile;
+    struct CarryTile;
     struct InitialTile;
     template <int ROWS, typename Asked = Nothing>
     void recurrent(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t panel,
                    const Asked& asked = {}) const;
-    template <int ROWS>
-    void add_peepholes_if(vec (&sum)[ROWS][2], const real* from, int64_t row, int64_t pair) const;
     vec dh_at(const Step&, int64_t b, int64_t p, vec sent) const;
     void cell(const Step&, int64_t b, int64_t u, vec dm, vec tanh_c) const;
     void gates_back(const Step&, int64_t b, int64_t u, vec dc) const;
@@ -154,7 +153,8 @@ struct Backward {
             step.going_on = rows.alive(next), step.has_prev = rows.alive(prev);
             if (reread) step.dpre_next = k == 0 && dpre_entry ? dpre_entry : dpre_of(next);
             run_step(part, step, rows.alive(t));
-            finish(part, step, step.has_prev, rows.alive(t));
+            if (args->dh0)
+                part.cover(InitialTile{this, &step}, step.has_prev, rows.alive(t), panels_p);
         }
     }
 
@@ -201,16 +201,10 @@ struct Backward {
         cover_step<CellTile>(part, step, alive, pairs);
         part.barrier_wait();
         if (full()) {
-            cover_step<PeepholeTile>(part, step, alive, pairs);
+            part.cover(PeepholeTile{this, &step}, 0, alive, pairs);
             part.barrier_wait();
+            part.cover(CarryTile{this, &step}, 0, alive, pairs);
         }
-    }
-
-    // dh0, if asked for, and dc0 with full peepholes, of the sequences [first, end) whose first step
-    // this was.
-    void finish(const Part& part, const Step& step, int64_t first, int64_t end) const {
-        if (args->dh0) part.cover(InitialTile{this, &step, 0}, first, end, panels_p);
-        if (full()) part.cover(InitialTile{this, &step, 1}, first, end, pairs);
     }
 };
 

@@ -24,14 +24,6 @@ INLINE void Backward<real, tangent>::recurrent(vec (&sum)[ROWS][2], const real* 
     for (int r = 0; r < ROWS; r++) sum[r][0] = first[r][0];
 }
 
-template <typename real, bool tangent>
-template <int ROWS>
-INLINE void Backward<real, tangent>::add_peepholes_if(vec (&sum)[ROWS][2], const real* from,
-                                                      int64_t row, int64_t pair) const {
-    const real* weight = peep_if + pair * 2 * H * 2 * L;
-    add_product(sum, from + row * stride_dpre, stride_dpre, weight, 2 * L, 2 * H);
-}
-
 // B1 for outputs p to p + L of sequence b; `sent` is what the next step sent back.
 template <typename real, bool tangent>
 INLINE auto Backward<real, tangent>::dh_at(const Step& step, int64_t b, int64_t p,
@@ -194,8 +186,7 @@ INLINE void Backward<real, tangent>::keep(const Step& step, int64_t b, int64_t a
     if (!reread) store(step.dpre_kept + b * stride_dpre + at, dpre, lanes);
 }
 
-// The rest of a step with full peepholes: what the gates sent back to c, of B4 by this step's
-// dpre_o and of B8 by the next one's dpre_i and dpre_f.
+// With full peepholes, the rest of B4, what dpre_o sends to c; B5 to B8 follow.
 template <typename real, bool tangent>
 struct Backward<real, tangent>::PeepholeTile {
     static constexpr int max_rows = narrow_rows;
@@ -211,7 +202,6 @@ struct Backward<real, tangent>::PeepholeTile {
         clear(sum);
         const real* dpre_o = step->dpre_kept + row * f.stride_dpre + 3 * f.H;
         add_product(sum, dpre_o, f.stride_dpre, f.peep_o + pair * f.H * 2 * L, 2 * L, f.H);
-        if (step->product) f.add_peepholes_if(sum, step->dpre_next, row, pair);
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < 2; v++) {
                 const int64_t u = (2 * pair + v) * L;
@@ -225,32 +215,52 @@ struct Backward<real, tangent>::PeepholeTile {
     }
 };
 
-// What the first step sends to the initial states: dh0, or what full peepholes add to dc0.
+// With full peepholes, the rest of B8: what dpre_i and dpre_f send to c of the step before, in dc0. It
+// is added at this step, not taken along to the next: then a pass in segments gives the same bits.
+template <typename real, bool tangent>
+struct Backward<real, tangent>::CarryTile {
+    static constexpr int max_rows = narrow_rows;
+    const Backward* self;
+    const Step* step;
+
+    Lines ahead(int64_t) const { return {}; }
+
+    template <int ROWS>
+    NOINLINE void tile(int64_t row, int64_t pair, const Lines&) const {
+        const Backward& f = *self;
+        vec sum[ROWS][2];
+        clear(sum);
+        const real* dpre = step->dpre_kept + row * f.stride_dpre;
+        add_product(sum, dpre, f.stride_dpre, f.peep_if + pair * 2 * f.H * 2 * L, 2 * L, 2 * f.H);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < 2; v++) {
+                const int64_t u = (2 * pair + v) * L, lanes = f.H - u;
+                if (lanes <= 0) break;
+                real* dc = f.args->dc0 + (f.direction * f.B + row + r) * f.H + u;
+                store(dc, load(dc, lanes) + sum[r][v], lanes);
+            }
+    }
+};
+
+// dh0: what the first step of a sequence sends to the initial h.
 template <typename real, bool tangent>
 struct Backward<real, tangent>::InitialTile {
     static constexpr int max_rows = narrow_rows;
     const Backward* self;
     const Step* step;
-    bool cell;
 
     Lines ahead(int64_t) const { return {}; }
 
     template <int ROWS>
     NOINLINE void tile(int64_t row, int64_t panel, const Lines&) const {
         const Backward& f = *self;
-        const int64_t n = cell ? f.H : f.P;
-        vec sum[ROWS][2] = {};
-        if (cell)
-            f.add_peepholes_if(sum, step->dpre_kept, row, panel);
-        else
-            f.recurrent(sum, step->dpre_kept, row, panel);
-        real* to = (cell ? f.args->dc0 : f.args->dh0) + (f.direction * f.B + row) * n;
+        vec sum[ROWS][2];
+        f.recurrent(sum, step->dpre_kept, row, panel);
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < 2; v++) {
-                const int64_t u = (2 * panel + v) * L;
-                if (u >= n) break;
-                vec sent = cell ? load(to + r * n + u, n - u) + sum[r][v] : sum[r][v];
-                store(to + r * n + u, sent, n - u);
+                const int64_t p = (2 * panel + v) * L, lanes = f.P - p;
+                if (lanes <= 0) break;
+                store(f.args->dh0 + (f.direction * f.B + row + r) * f.P + p, sum[r][v], lanes);
             }
     }
 };

@@ -189,7 +189,10 @@ def first_order(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
 
     without_graph = torch.no_grad()(forward)
     yield Comparison(
-        f"torch's own: jvp of the identity T{T} B{B} I{I}", "forward", of_nothing, without_graph
+        f"torch's own: jvp of the identity T{T} B{B} I{I}",
+        "forward, no_grad",
+        of_nothing,
+        without_graph,
     )
     for name, of, dual in (
         ("input", of_input, dual_input),

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import memory
-from torch_manual.kernels.cpu_grid import grid, thinned, unpacked
-from torch_manual.kernels.cpu_library import HALF, call
+from torch_manual.kernels import cpu_grid, cpu_library, memory
+from torch_manual.kernels.cpu_library import HALF
 
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
@@ -69,12 +68,23 @@ def run_forward(
         return y, h_n.copy_(h0), c_n.copy_(c0)
     weights, pointers, full = in_c_order(weights)
     work = N * 4 * H * (I + P)
-    call(
+    cpu_library.call(
         "lstm_forward",
         x.dtype,
         _forward_arguments(
-            *(T, B, I, H, P, D, full, reverse, *thinned(grid(T, B, work, H, D)), lengths),
-            *(unpacked(T, N), recompute, chunk_rows),
+            *(
+                T,
+                B,
+                I,
+                H,
+                P,
+                D,
+                full,
+                reverse,
+                *cpu_grid.thinned(cpu_grid.grid(T, B, work, H, D)),
+                lengths,
+            ),
+            *(cpu_grid.unpacked(T, N), recompute, chunk_rows),
             *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), *kept),
             *pointers,
@@ -99,12 +109,12 @@ def lstm_step(
     weights, pointers, full = in_c_order(weights)
     gates, cells = (t.data_ptr() for t in kept) if save else (0, 0)
     y = h_n.data_ptr()
-    call(
+    cpu_library.call(
         "lstm_forward",
         x.dtype,
         _forward_arguments(
-            *(1, B, I, H, P, 1, full, False, *grid(1, B, B * 4 * H * (I + P), H, 1), 0),
-            *(unpacked(1, B), 0, 0),
+            *(1, B, I, H, P, 1, full, False, *cpu_grid.grid(1, B, B * 4 * H * (I + P), H, 1), 0),
+            *(cpu_grid.unpacked(1, B), 0, 0),
             *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), gates, cells, 0),
             *pointers,
         ),
@@ -139,11 +149,22 @@ def lstm_dual(
     tweights, tpointers, _ = in_c_order(tweights)
     products = sum(t is not None for t in (tx, tweights[0])) * I
     products += I + H * (2 + (tweights[1] is not None))
-    call(
+    cpu_library.call(
         "lstm_dual",
         x.dtype,
         _dual_arguments(
-            *(T, B, I, H, H, D, 0, False, *grid(T, B, N * 4 * H * products, H, D), lengths),
+            *(
+                T,
+                B,
+                I,
+                H,
+                H,
+                D,
+                0,
+                False,
+                *cpu_grid.grid(T, B, N * 4 * H * products, H, D),
+                lengths,
+            ),
             *(0, 0, 0, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(t.data_ptr() for t in out[:3]),
             *(0, out[3].data_ptr() if return_cells else 0, 0),
@@ -197,8 +218,8 @@ def lstm_backward(
         return dpre, dh, dh0, dc0
     dy, stride_dy = rows_of(dy)
     work = N * 4 * H * P
-    threads_of = thinned(grid(T, B, work, H, D, backward=True))
-    call(
+    threads_of = cpu_grid.thinned(cpu_grid.grid(T, B, work, H, D, backward=True))
+    cpu_library.call(
         "lstm_backward",
         dtype,
         _backward_arguments(

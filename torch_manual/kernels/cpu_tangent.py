@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu, cpu_grid, cpu_library, lstm_tangent, memory
+from torch_manual.kernels import cpu, cpu_grid, cpu_library, memory
 from torch_manual.kernels.cpu_sums import lstm_input_sums
 from torch_manual.kernels.lstm import LSTMWeights, _peep, _peep_back
+from torch_manual.kernels.lstm_tangent import Products, filled, known_tpre
 from torch_manual.kernels.rows import first, previous
 
 _tangent_arguments = struct.Struct(f"{cpu.FORWARD_WORDS + 4}q").pack
@@ -23,7 +24,7 @@ _backward_tangent_arguments = struct.Struct(f"{cpu.BACKWARD_WORDS + 7}q").pack
 
 
 def tangent_direction(
-    products: lstm_tangent.Products,
+    products: Products,
     th: Tensor,
     tc: Tensor,
     c0: Tensor,
@@ -41,7 +42,7 @@ def tangent_direction(
     peeping = any(t is not None for t in tw[5:])
     known = x is None or peeping
     if known:
-        tpre = lstm_tangent.known_tpre([], tw[2:4] if x is None else (), gates)
+        tpre = known_tpre([], tw[2:4] if x is None else (), gates)
     else:
         tpre = memory.empty_like(gates)
     if peeping:
@@ -75,7 +76,7 @@ def tangent_direction(
     return ty, th_n, tc_n, tpre, tcells
 
 
-def _as_one_product(products: lstm_tangent.Products) -> tuple[Tensor | None, Tensor | None]:
+def _as_one_product(products: Products) -> tuple[Tensor | None, Tensor | None]:
     """The factors of the sum of all, (N, K) and (4H, K)."""
     if len(products) < 2:
         return products[0] if products else (None, None)
@@ -103,8 +104,7 @@ def backward_tangent_direction(
     (N, H), B, P = cells.shape, len(c0), w.weight_hh.shape[1]
     T, lengths = cpu.steps(N, B, batch_sizes)
     tdy, tdh_n, tdc_n, tdcells = touter
-    tdh0 = cells.new_zeros(B, P) if tdh_n is None else tdh_n.clone()
-    tdc0 = cells.new_zeros(B, H) if tdc_n is None else tdc_n.clone()
+    tdh0, tdc0 = filled(tdh_n, cells, B, P), filled(tdc_n, cells, B, H)
     tdpre = memory.empty(gates, *gates.shape)
     tdh = cells.new_empty((N, P) if w.weight_hr is not None else 0)
     if T == 0:
@@ -125,7 +125,7 @@ def backward_tangent_direction(
     dc_given = _sum(dc_given, _through(dpre_o, w.weight_co))
     tdc_given = _sum(tdcells, None if tsent_c is None else from_next(tsent_c))
     tdc_given = _sum(tdc_given, _through(dpre_o, tw.weight_co))  # R12
-    dc_next = cells.new_zeros(B, H) if dc_n is None else dc_n.clone()
+    dc_next = filled(dc_n, cells, B, H)
     given = [_contiguous(t) for t in (tdy, tdh_n, tdc_n, tdc_given, c0, gates, cells)]
     more = [_contiguous(t) for t in (dm, tdm, dc_given, dc_next, tgates, tcells, tc0)]
     weights, pointers, full = cpu.in_c_order(_of_recurrence(w))

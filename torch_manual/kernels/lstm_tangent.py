@@ -160,12 +160,13 @@ def _backward_tangent(
     P = by_direction(weights)[0].weight_hh.shape[1]
     results = []
     for d, (w, tw) in enumerate(zip(by_direction(weights), by_direction(tweights), strict=True)):
+        w, tw = _cast(w, dtype), _cast(tw, dtype)
         dy, dh_n, dc_n, dcells = _of_direction(outer, d, P, dtype)
         dpre_d = dpre[d].to(dtype)
         if dh.dim() == 3:
             dh_d = dh[d].to(dtype)
         else:
-            sent = dpre_d @ w.weight_hh.to(dtype)
+            sent = dpre_d @ w.weight_hh
             dh_d = _dh(dy, dh_n, sent, c0.shape[1], batch_sizes, bool(d))
         results.append(
             loop(
@@ -177,8 +178,8 @@ def _backward_tangent(
                 c0[d].to(dtype),
                 torch.zeros_like(c0[d], dtype=dtype) if tc0 is None else tc0[d].to(dtype),
                 batch_sizes,
-                _cast(w, dtype),
-                _cast(tw, dtype),
+                w,
+                tw,
                 gates[d].to(dtype),
                 cells[d].to(dtype),
                 tgates[d].to(dtype),

@@ -10,7 +10,6 @@
 #include <cstring>
 
 #include "product.h"
-#include "threads.h"
 
 namespace {
 
@@ -199,14 +198,20 @@ struct Part {
         if (units > 1) barrier->wait();
     }
 
+    // This thread's of the tiles over so many rows of `n_panels` panels. Which ones changes with `rows`:
+    // what another stage leaves to the same unit and row may be another thread's work.
+    template <typename Stage>
+    Range share_tiles(int64_t rows, int64_t n_panels) const {
+        return share(n_panels * tiles_of<Stage>(rows), unit, units);
+    }
+
     // Covers sequences [first, end) of this part with the tiles of a stage of `n_panels` panels.
     template <typename Stage>
     void cover(const Stage& stage, int64_t first, int64_t end, int64_t n_panels,
                int64_t turn = 0) const {
         const int64_t from = first > sequences.begin ? first : sequences.begin;
-        const Range panels = share(n_panels, unit, units);
-        if (from < least(end, sequences.end))
-            ::cover(stage, from, least(end, sequences.end), panels.begin, panels.end, turn);
+        const int64_t to = least(end, sequences.end);
+        if (from < to) ::cover(stage, from, to, share_tiles<Stage>(to - from, n_panels), turn);
     }
 };
 

@@ -204,6 +204,7 @@ struct Backward {
             part.cover(PeepholeTile{this, &step}, 0, alive, pairs);
             part.barrier_wait();
             part.cover(CarryTile{this, &step}, 0, alive, pairs);
+            part.barrier_wait();
         }
     }
 };

@@ -47,10 +47,8 @@ struct Dual : Forward<real> {
     void prepare(int64_t thread, int64_t threads) {
         Base::prepare(thread, threads);
         const Range mine = share(panels, thread, threads);
-        for (int64_t p = mine.begin; p < mine.end; p++) {
-            Base::pack_panel(p, tw, tih + p * I * 4 * L, thh + p * P * 4 * L);
-            Base::pack_bias(p, tw, tbias);
-        }
+        Base::pack_panels(mine, tw, tih + mine.begin * I * 4 * L, thh + mine.begin * P * 4 * L);
+        for (int64_t p = mine.begin; p < mine.end; p++) Base::pack_bias(p, tw, tbias);
         const Range sequences = share(B, thread, threads);
         for (int64_t b = sequences.begin; b < sequences.end; b++)
             for (int k = 0; k < 2; k++) {

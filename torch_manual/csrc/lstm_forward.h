@@ -13,6 +13,7 @@ struct Forward {
     using Arguments = std::conditional_t<tangent, TangentArguments<real>, ForwardArguments<real>>;
     using vec = vec_of<real>;
     static constexpr int L = Vector<real>::lanes;
+    static constexpr int64_t large_weight = 1 << 20;  // bytes of a weight that leaves the caches
     static constexpr int64_t most_fused = 2 << 20;  // bytes of weights a thread reads at a step
     static constexpr int64_t chunk_rows = 96;  // the input projection is made for about so many rows
 
@@ -117,9 +118,10 @@ struct Forward {
     // Packs the weights and sets the first states.
     void prepare(int64_t thread, int64_t threads) {
         const Range mine = share(panels, thread, threads);
+        if (packed() && !panel_by_panel)
+            pack_panels(mine, w, ih + mine.begin * I * 4 * L, hh + mine.begin * P * 4 * L);
         for (int64_t p = mine.begin; p < mine.end; p++) {
             pack_bias(p, w, bias);
-            if (packed() && !panel_by_panel) pack_panel(p, w, ih + p * I * 4 * L, hh + p * P * 4 * L);
             if (full() && packed())
                 for (int v = 0; v < 2; v++)
                     pack_peephole(peep_if + p * H * 2 * L + v * L, v ? w.weight_cf : w.weight_ci, p);
@@ -140,11 +142,32 @@ struct Forward {
             }
     }
 
-    // Panel p of the weights that are given.
-    void pack_panel(int64_t p, const Weights<real>& from, real* ih, real* hh) const {
-        for (int g = 0; g < 4; g++) {
-            if (from.weight_ih) pack_gate(ih, g, from.weight_ih + g * H * I, p, I);
-            if (from.weight_hh) pack_gate(hh, g, from.weight_hh + g * H * P, p, P);
+    // Panels `of` the weights that are given; `ih` and `hh` are those of the first one.
+    void pack_panels(const Range& of, const Weights<real>& from, real* ih, real* hh) const {
+        if (from.weight_ih) pack_panels(of, from.weight_ih, I, ih);
+        if (from.weight_hh) pack_panels(of, from.weight_hh, P, hh);
+    }
+
+    // Memory out of the caches is written much faster in order than a line here and a line there. So where
+    // the weight is large, gates are packed into the last panel's place, which stays near, one after
+    // another, and lined up from there; those of the last panel come into their places at once.
+    void pack_panels(const Range& of, const real* weight, int64_t K, real* to) const {
+        constexpr int64_t G = gates_at_once;
+        const bool large = 4 * H * K * (int64_t)sizeof(real) > large_weight;
+        real* const last = to + (of.end - 1 - of.begin) * 4 * K * L;
+        for (int64_t p = of.begin; p < of.end; p++, to += 4 * K * L) {
+            const bool in_turn = large && to != last;
+            for (int64_t g = 0; g < 4; g++) {
+                const real* rows = weight + g * H * K;
+                if (in_turn)
+                    pack_transposed(last + g * K * L, L, rows, p * L, H, K);
+                else
+                    pack_transposed(to + (g / G * K * G + g % G) * L, G * L, rows, p * L, H, K);
+            }
+            for (int64_t first = 0; in_turn && first < 4; first += G)
+                for (int64_t k = 0; k < K; k++)
+                    for (int64_t g = 0; g < G; g++)
+                        store(to + (first * K + k * G + g) * L, load(last + ((first + g) * K + k) * L));
         }
     }
 
@@ -155,11 +178,6 @@ struct Forward {
             if (from.bias_hh) b += load(from.bias_hh + g * H + p * L, H - p * L);
             store(bias + (g * panels + p) * L, b);
         }
-    }
-
-    void pack_gate(real* to, int gate, const real* weight, int64_t panel, int64_t K) const {
-        to += (gate / gates_at_once * K * gates_at_once + gate % gates_at_once) * L;
-        pack_transposed(to, gates_at_once * L, weight, panel * L, H, K);
     }
 
     // sum[r][g] = or, with `add`, += Σ_k a[r][k] · panel[k][g]: so many gates at a time that their sums
@@ -218,6 +236,7 @@ struct Forward {
             const int64_t low = reverse ? T - end : s, high = reverse ? T - s : end;
             const Chunk chunk = {low, high, mine.begin + batch * chunk_rows, turn, whole, mine};
             pass.project(part, chunk);
+            if (!fused) part.barrier_wait();
             for (int64_t k = s; k < end; k++)
                 pass.run_step(part, chunk, reverse ? T - 1 - k : k, k);
         }
@@ -299,8 +318,8 @@ struct Forward {
                 part.cover(of, 0, rows.alive(t), panels);
                 continue;
             }
-            const Range mine = share(panels, part.unit, part.units);
-            cover(of, 0, rows.start(chunk.high) - rows.start(t), mine.begin, mine.end, chunk.turn);
+            const int64_t n = rows.start(chunk.high) - rows.start(t);
+            cover(of, 0, n, part.share_tiles<InputTile>(n, panels), chunk.turn);
             return;
         }
     }
@@ -353,9 +372,10 @@ struct Forward {
         const Range mine = share(panels, part.unit, part.units);
         real *const my_ih = ih + part.unit * I * 4 * L, *const my_hh = hh + part.unit * P * 4 * L;
         for (int64_t p = mine.begin; p < mine.end; p++) {
-            pack_panel(p, w, my_ih, my_hh);
+            pack_panels({p, p + 1}, w, my_ih, my_hh);
             const GateTile tile = {this, &step, my_ih, my_hh, p};
-            cover(tile, part.sequences.begin, least(alive, part.sequences.end), p, p + 1);
+            const int64_t tiles = tiles_of<GateTile>(alive);
+            cover(tile, 0, alive, {p * tiles, (p + 1) * tiles});
         }
     }
 

@@ -84,8 +84,10 @@ struct InputSums {
         const Range mine = share(rows.end - rows.begin, thread, threads);
         const Tile tile = {this, d, dpre, args->dx + rows.begin * args->I, add};
         int64_t turn = 0;
-        for (int64_t row = mine.begin; row < mine.end; row += chunk_rows)
-            cover(tile, row, least(row + chunk_rows, mine.end), 0, panels(), turn++);
+        for (int64_t row = mine.begin; row < mine.end; row += chunk_rows) {
+            const int64_t n = least(chunk_rows, mine.end - row);
+            cover(tile, row, row + n, {0, panels() * tiles_of<Tile>(n)}, turn++);
+        }
     }
 
     struct Tile {

@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "threads.h"
 #include "vector.h"
 
 namespace {
@@ -234,22 +235,31 @@ INLINE void call_tile(const Stage& stage, int64_t n_rows, int64_t row, int64_t p
     stage.template tile<ROWS>(row, panel, ahead);
 }
 
-// Covers rows [first, end) and panels [first_panel, end_panel) with tiles of at most Stage::max_rows
-// rows, at every other turn from the last panel on: the one covered last is still near. Meanwhile
+// How many tiles cover so many rows of one panel.
+template <typename Stage>
+int64_t tiles_of(int64_t rows) {
+    return (rows + Stage::max_rows - 1) / Stage::max_rows;
+}
+
+// Covers rows [first, end) with tiles of at most Stage::max_rows rows. `tiles` are numbered panel after
+// panel. At every other turn the last panel is the first: the one covered last is still near. Meanwhile
 // they prefetch the next panel, stage.ahead(), if there are too many to stay near.
 template <typename Stage>
-void cover(const Stage& stage, int64_t first, int64_t end, int64_t first_panel, int64_t end_panel,
-           int64_t turn = 0) {
-    const int64_t n = end - first, blocks = (n + Stage::max_rows - 1) / Stage::max_rows;
-    const int64_t n_panels = end_panel - first_panel;
-    for (int64_t p = 0; p < n_panels; p++) {
-        const int64_t panel = turn & 1 ? end_panel - 1 - p : first_panel + p;
+void cover(const Stage& stage, int64_t first, int64_t end, const Range& tiles, int64_t turn = 0) {
+    const int64_t n = end - first, blocks = tiles_of<Stage>(n);
+    if (tiles.begin == tiles.end) return;
+    const int64_t first_panel = tiles.begin / blocks, last_panel = (tiles.end - 1) / blocks;
+    for (int64_t p = first_panel; p <= last_panel; p++) {
+        const int64_t panel = turn & 1 ? first_panel + last_panel - p : p;
+        const int64_t begin = tiles.begin - panel * blocks, left = tiles.end - panel * blocks;
+        const Range mine = {begin > 0 ? begin : 0, least(blocks, left)};
         Lines ahead = {};
-        if (p + 1 < n_panels) ahead = stage.ahead(turn & 1 ? panel - 1 : panel + 1);
-        if (ahead.n * n_panels <= Lines::near) ahead = {};
-        for (int64_t k = 0; k < blocks; k++) {
+        if (p < last_panel) ahead = stage.ahead(turn & 1 ? panel - 1 : panel + 1);
+        if (ahead.n * (last_panel - first_panel + 1) <= Lines::near) ahead = {};
+        for (int64_t k = mine.begin; k < mine.end; k++) {
             const int64_t row = first + n * k / blocks, rows = first + n * (k + 1) / blocks - row;
-            call_tile<Stage::max_rows>(stage, rows, row, panel, ahead.part(k, blocks));
+            call_tile<Stage::max_rows>(stage, rows, row, panel,
+                                       ahead.part(k - mine.begin, mine.end - mine.begin));
         }
     }
 }

@@ -63,6 +63,7 @@ setup(
             depends=[
                 f"torch_manual/csrc/{header}.h"
                 for header in (
+                    "digest",
                     "lstm",
                     "lstm_dual",
                     "lstm_forward",
@@ -72,6 +73,7 @@ setup(
                     "lstm_backward_tiles",
                     "lstm_sums",
                     "lstm_tangent",
+                    "packing",
                     "peak",
                     "product",
                     "threads",

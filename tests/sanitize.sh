@@ -22,5 +22,5 @@ cd "$root"
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
     ASAN_OPTIONS=detect_leaks=0 TORCH_MANUAL_KERNEL_FOLDER="$folder" \
     "$python" -m pytest tests/test_cpu_kernel.py tests/test_cpu_sums.py tests/test_cpu_tangent.py tests/test_cpu_dual.py \
-    tests/test_cpu_gradients.py \
+    tests/test_cpu_gradients.py tests/test_packed.py \
     -p no:cacheprovider -k "(agrees or sums or missing or layout or empty or at_once or recomputed or chunks) and not says_why"

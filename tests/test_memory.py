@@ -56,7 +56,7 @@ def test_sizes():
     del large
     small = memory.empty(LIKE, ROWS, 1024)
     assert small.data_ptr() != address  # more than half of the block would lie idle
-    memory.empty_cache()
+    memory.drop_free()
     del small
     memory.empty(LIKE, ROWS + 1, 1024).fill_(1.0)  # the block kept is too small
     assert memory.kept_bytes() > 2 * memory.SMALLEST

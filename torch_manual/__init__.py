@@ -4,7 +4,7 @@ from torch_manual import chain, functional, init
 from torch_manual.convert import replace, restore
 from torch_manual.gradcheck import GradcheckReport, GradcheckRow, gradcheck
 from torch_manual.kernels.backend import backends, use_backend
-from torch_manual.kernels.memory import empty_cache
+from torch_manual.kernels.packed import empty_cache
 from torch_manual.modules.activation import GELU, LogSoftmax, ReLU, Sigmoid, Softmax, Tanh
 from torch_manual.modules.dropout import Dropout
 from torch_manual.modules.embedding import Embedding

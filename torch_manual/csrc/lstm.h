@@ -9,7 +9,7 @@
 
 #include <cstring>
 
-#include "product.h"
+#include "packing.h"
 
 namespace {
 
@@ -49,6 +49,7 @@ struct ForwardArguments {
     real* gates;        // (D, N, 4H), or null when no backward pass follows
     real* cells;        // (D, N, H), or null
     real* c_kept;       // (segments, D, B, H), with `recompute`
+    char* packed_before;  // packed weights of an earlier call, or null: Forward::plan_packed()
     Weights<real> weights[2];
 };
 

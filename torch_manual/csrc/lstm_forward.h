@@ -13,7 +13,6 @@ struct Forward {
     using Arguments = std::conditional_t<tangent, TangentArguments<real>, ForwardArguments<real>>;
     using vec = vec_of<real>;
     static constexpr int L = Vector<real>::lanes;
-    static constexpr int64_t large_weight = 1 << 20;  // bytes of a weight that leaves the caches
     static constexpr int64_t most_fused = 2 << 20;  // bytes of weights a thread reads at a step
     static constexpr int64_t chunk_rows = 96;  // the input projection is made for about so many rows
 
@@ -32,6 +31,7 @@ struct Forward {
     // (4 / G, P, G, L); peepholes into i and f (H, 2, L); of 2L units or outputs: the peephole into
     // o, and hr, (H, 2L).
     real *ih, *hh, *peep_if, *peep_o, *hr;
+    uint64_t *digests;  // (2, panels), of what the panels of W_ih and W_hh were made of, or null
     real *bias;         // (4, panels · L), bias_ih + bias_hh
     real *h[2], *c[2];  // (B, stride_h), (B, stride_c): a step reads one and writes the other
     real *m;            // (B, stride_c), with weight_hr
@@ -79,11 +79,12 @@ struct Forward {
         panels = (H + L - 1) / L, pairs = (H + 2 * L - 1) / (2 * L);
         panels_p = (P + 2 * L - 1) / (2 * L);
         stride_h = row_stride<real>(P), stride_c = row_stride<real>(H);
-        panel_by_panel =
-            T == 1 && packed() && !full() && !tangent && !dual && s.grid.batches == 1;
-        const int64_t kept_panels = panel_by_panel ? s.grid.units : packed() ? panels : 0;
-        ih = workspace.take<real>(kept_panels * I * 4 * L);
-        hh = workspace.take<real>(kept_panels * P * 4 * L);
+        panel_by_panel = T == 1 && packed() && !a.packed_before && !full() && !tangent && !dual &&
+                         s.grid.batches == 1;
+        if (a.packed_before)
+            plan_packed(a.packed_before);
+        else
+            plan_packed(workspace);
         peep_if = workspace.take<real>(full() && packed() ? panels * H * 2 * L : 0);
         peep_o = workspace.take<real>(full() ? pairs * H * 2 * L : 0);
         hr = workspace.take<real>(w.weight_hr ? panels_p * H * 2 * L : 0);
@@ -98,6 +99,22 @@ struct Forward {
         const bool unused = tangent || fused || (!packed() && !full());
         const int64_t kept = unused ? 0 : B + s.grid.batches * chunk_rows;
         input_part = workspace.take<real>(kept * stride_pre);
+    }
+
+    void plan_packed(Workspace& workspace) {
+        const int64_t n = panel_by_panel ? args->sizes.grid.units : packed() ? panels : 0;
+        ih = workspace.take<real>(n * I * 4 * L);
+        hh = workspace.take<real>(n * P * 4 * L);
+        digests = nullptr;
+    }
+
+    // Of each direction: W_ih and W_hh as they were packed by the call before, then `digests`.
+    // kernels/packed.py has made the memory, with no digest in it at first.
+    void plan_packed(char* at) {
+        const int64_t numbers = panels * (I + P) * 4 * L;
+        at += direction * (numbers * (int64_t)sizeof(real) + 2 * panels * (int64_t)sizeof(uint64_t));
+        ih = (real*)at, hh = ih + panels * I * 4 * L;
+        digests = (uint64_t*)(ih + numbers);
     }
 
     // What a plan cannot know while `starts` is not filled.
@@ -119,7 +136,7 @@ struct Forward {
     void prepare(int64_t thread, int64_t threads) {
         const Range mine = share(panels, thread, threads);
         if (packed() && !panel_by_panel)
-            pack_panels(mine, w, ih + mine.begin * I * 4 * L, hh + mine.begin * P * 4 * L);
+            pack_panels(mine, w, ih + mine.begin * I * 4 * L, hh + mine.begin * P * 4 * L, digests);
         for (int64_t p = mine.begin; p < mine.end; p++) {
             pack_bias(p, w, bias);
             if (full() && packed())
@@ -142,33 +159,13 @@ struct Forward {
             }
     }
 
-    // Panels `of` the weights that are given; `ih` and `hh` are those of the first one.
-    void pack_panels(const Range& of, const Weights<real>& from, real* ih, real* hh) const {
-        if (from.weight_ih) pack_panels(of, from.weight_ih, I, ih);
-        if (from.weight_hh) pack_panels(of, from.weight_hh, P, hh);
-    }
-
-    // Memory out of the caches is written much faster in order than a line here and a line there. So where
-    // the weight is large, gates are packed into the last panel's place, which stays near, one after
-    // another, and lined up from there; those of the last panel come into their places at once.
-    void pack_panels(const Range& of, const real* weight, int64_t K, real* to) const {
-        constexpr int64_t G = gates_at_once;
-        const bool large = 4 * H * K * (int64_t)sizeof(real) > large_weight;
-        real* const last = to + (of.end - 1 - of.begin) * 4 * K * L;
-        for (int64_t p = of.begin; p < of.end; p++, to += 4 * K * L) {
-            const bool in_turn = large && to != last;
-            for (int64_t g = 0; g < 4; g++) {
-                const real* rows = weight + g * H * K;
-                if (in_turn)
-                    pack_transposed(last + g * K * L, L, rows, p * L, H, K);
-                else
-                    pack_transposed(to + (g / G * K * G + g % G) * L, G * L, rows, p * L, H, K);
-            }
-            for (int64_t first = 0; in_turn && first < 4; first += G)
-                for (int64_t k = 0; k < K; k++)
-                    for (int64_t g = 0; g < G; g++)
-                        store(to + (first * K + k * G + g) * L, load(last + ((first + g) * K + k) * L));
-        }
+    // Panels `of` the weights that are given; `ih` and `hh` are those of the first one. Where there are
+    // `digests` of all, a panel whose weights have not changed is as it was packed before.
+    void pack_panels(const Range& of, const Weights<real>& from, real* ih, real* hh,
+                     uint64_t* digests = nullptr) const {
+        uint64_t* const of_hh = digests ? digests + panels : nullptr;
+        if (from.weight_ih) pack_gates(ih, from.weight_ih, of, H, I, digests);
+        if (from.weight_hh) pack_gates(hh, from.weight_hh, of, H, P, of_hh);
     }
 
     void pack_bias(int64_t p, const Weights<real>& from, real* bias) const {

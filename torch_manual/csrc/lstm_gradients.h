@@ -67,9 +67,9 @@ struct Gradients {
                          a.cells, a.dpre, a.dh,  a.dh0,  a.dc0, {a.weights[0], a.weights[1]}};
         Sizes again = sizes;
         again.grid = a.forward_grid;
-        forward_args = {again,   a.unpacked, 0,       0,       a.x,     a.h0,
-                        a.c0,    nullptr,    nullptr, nullptr, nullptr, nullptr,
-                        nullptr, {a.weights[0], a.weights[1]}};
+        forward_args = {again,   a.unpacked, 0,       0,       a.x,     a.h0,    a.c0,
+                        nullptr, nullptr,    nullptr, nullptr, nullptr, nullptr, nullptr,
+                        {a.weights[0], a.weights[1]}};
         const int64_t stride_dpre = Backward<real>::stride_of(a.dpre, H);
         input_args = {a.N, sizes.I, 4 * H, stride_dpre, D, shares, a.dx, {nullptr, nullptr},
                       {a.weights[0].weight_ih, a.weights[1].weight_ih}};

@@ -1,7 +1,5 @@
-// Small matrix products whose sums stay in registers, and the packing of weights for them.
-//
-// A weight is packed into panels: the columns of one panel for k = 0, then for k = 1, and so on, so
-// that a product reads memory in order. A tile is what one panel makes of a few rows.
+// Small matrix products whose sums stay in registers. A tile is what one panel of a packed weight
+// (packing.h) makes of a few rows.
 #pragma once
 
 #include <type_traits>
@@ -24,14 +22,6 @@ constexpr int gates_at_once = 2;
 constexpr int terms_at_once = 2;  // in a turn of a loop: counting is a sixth of the instructions of one
 #endif
 constexpr int gate_rows = 6;  // × a vector of each of `gates_at_once`
-
-// Whether `rows` pay for packing the columns of a weight, which could be read where they are. They
-// lie far apart, and those of a large weight leave the caches between two tiles.
-template <typename real>
-bool pays_to_pack_columns(int64_t rows, int64_t numbers) {
-    const bool large = numbers * (int64_t)sizeof(real) > 2 << 20;
-    return rows > (large ? 2 : 8) * narrow_rows;
-}
 
 // A float accumulator adds up no more terms than this: longer sums lose accuracy.
 constexpr int64_t longest_sum = 256;
@@ -192,38 +182,6 @@ INLINE void add_dots(vec_of<real> (&sum)[ROWS][GATES], const real* a, int64_t st
     for (int r = 0; r < ROWS; r++)
         for (int g = 0; g < GATES; g++)
             sum[r][g] += load(a + r * stride_a + K - tail, tail) * load(w + g * gate + K - tail, tail);
-}
-
-// Packs rows `first` to `first + lanes` of W (·, K), transposed: to[k · step + lane] = W[first + lane][k].
-// Rows from `n_rows` on are zeros.
-template <typename real>
-void pack_transposed(real* to, int64_t step, const real* W, int64_t first, int64_t n_rows,
-                     int64_t K) {
-    constexpr int L = Vector<real>::lanes;
-    for (int64_t k = 0; k < K; k += L) {
-        vec_of<real> square[L];
-        for (int lane = 0; lane < L; lane++)
-            square[lane] = first + lane < n_rows ? load(W + (first + lane) * K + k, K - k)
-                                                 : vec_of<real>{};
-        transpose<real>(square);
-        for (int64_t j = 0; j < least(L, K - k); j++) store(to + (k + j) * step, square[j]);
-    }
-}
-
-// Packs panels [begin, end), of 2 lanes' columns each, of the K rows of W (K, n_columns), zeros after
-// the last column: panel p from `to + p · size` on. Rows are read along, a few at a time.
-template <typename real>
-void pack_columns(real* to, int64_t size, const real* W, int64_t begin, int64_t end,
-                  int64_t n_columns, int64_t K) {
-    constexpr int64_t L = Vector<real>::lanes, rows = 8;
-    for (int64_t first = 0; first < K; first += rows)
-        for (int64_t p = begin; p < end; p++)
-            for (int64_t k = first; k < least(K, first + rows); k++)
-                for (int v = 0; v < 2; v++) {
-                    const int64_t column = (2 * p + v) * L, left = n_columns - column;
-                    store(to + p * size + (k * 2 + v) * L,
-                          left > 0 ? load(W + k * n_columns + column, left) : vec_of<real>{});
-                }
 }
 
 // Calls stage.tile<ROWS>(row, panel, ahead) with the number of rows as a constant.

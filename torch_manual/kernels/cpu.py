@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu_grid, cpu_library, memory
+from torch_manual.kernels import cpu_grid, cpu_library, memory, packed
 from torch_manual.kernels.cpu_library import HALF
 
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
-# Sizes take twelve words; then come three more and nine pointers, or eleven pointers and a stride.
-FORWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
+# Sizes take twelve words; then come three more and ten pointers, or eleven pointers and a stride.
+FORWARD_WORDS = 12 + 13 + 2 * _WEIGHTS
 BACKWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
 _forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
 _dual_arguments = struct.Struct(f"{FORWARD_WORDS + 7 + 2 * _WEIGHTS}q").pack
@@ -68,18 +68,22 @@ def run_forward(
         return y, h_n.copy_(h0), c_n.copy_(c0)
     weights, pointers, full = in_c_order(weights)
     work = N * 4 * H * (I + P)
+    key = None if any(kept) else packed.key_of(x.dtype, (I, H, P, D), pointers)
+    unpacked = cpu_grid.unpacked(T, N, key is not None)
+    block = None if unpacked else packed.take(key)
     cpu_library.call(
         "lstm_forward",
         x.dtype,
         _forward_arguments(
             *(T, B, I, H, P, D, full, reverse),
             *(*cpu_grid.thinned(cpu_grid.grid(T, B, work, H, D)), lengths),
-            *(cpu_grid.unpacked(T, N), recompute, chunk_rows),
+            *(unpacked, recompute, chunk_rows),
             *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), *kept),
-            *pointers,
+            *(0 if block is None else block.data_ptr(), *pointers),
         ),
     )
+    packed.give_back(key, block)
     return y, h_n, c_n
 
 
@@ -98,17 +102,20 @@ def lstm_step(
         return h_n, c_n, *kept
     weights, pointers, full = in_c_order(weights)
     gates, cells = (t.data_ptr() for t in kept) if save else (0, 0)
-    y = h_n.data_ptr()
+    y, unpacked = h_n.data_ptr(), cpu_grid.unpacked(1, B)
+    key = None if unpacked or save else packed.key_of(x.dtype, (I, H, P, 1), pointers)
+    block = packed.take(key)
     cpu_library.call(
         "lstm_forward",
         x.dtype,
         _forward_arguments(
             *(1, B, I, H, P, 1, full, False, *cpu_grid.grid(1, B, B * 4 * H * (I + P), H, 1), 0),
-            *(cpu_grid.unpacked(1, B), 0, 0),
+            *(unpacked, 0, 0),
             *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), gates, cells, 0),
-            *pointers,
+            *(0 if block is None else block.data_ptr(), *pointers),
         ),
     )
+    packed.give_back(key, block)
     return h_n, c_n, *kept
 
 
@@ -147,7 +154,7 @@ def lstm_dual(
             *(*cpu_grid.grid(T, B, N * 4 * H * products, H, D), lengths),
             *(0, 0, 0, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(t.data_ptr() for t in out[:3]),
-            *(0, out[3].data_ptr() if return_cells else 0, 0),
+            *(0, out[3].data_ptr() if return_cells else 0, 0, 0),
             *pointers,
             *(0 if t is None else t.data_ptr() for t in (tx, th0, tc0)),
             *(t.data_ptr() for t in tout[:3]),

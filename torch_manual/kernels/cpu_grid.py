@@ -78,8 +78,13 @@ def threads(work: int) -> int:
     return torch.get_num_threads()
 
 
-def unpacked(T: int, N: int) -> bool:
-    """Whether packing the weights would not pay for so few rows."""
+def unpacked(T: int, N: int, kept: bool = False) -> bool:
+    """Whether packing the weights would not pay for so few rows.
+
+    `kept`: they may be packed already. Unpacked ones are read at every step, W_ih among them.
+    """
     if cpu_library.chosen.unpacked is not None:
         return cpu_library.chosen.unpacked
-    return N <= (24 if T == 1 else 12)
+    if T == 1:
+        return N <= 24
+    return N <= 12 and not (kept and T >= 8)

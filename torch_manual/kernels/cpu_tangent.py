@@ -69,7 +69,7 @@ def tangent_direction(
             *(*cpu_grid.grid(T, B, N * 4 * H * (I + P), H, 1), lengths),
             *(0, 0, 0, 0 if x is None else x.data_ptr(), th.data_ptr(), tc.data_ptr()),
             *(ty.data_ptr(), th_n.data_ptr(), tc_n.data_ptr(), tpre.data_ptr(), tcells.data_ptr()),
-            *(0, *pointers),
+            *(0, 0, *pointers),
             *(gates.data_ptr(), cells.data_ptr(), c0.data_ptr(), known),
         ),
     )

@@ -49,8 +49,8 @@ def empty_like(t: Tensor) -> Tensor:
     return torch.empty_like(t) if t.nbytes < SMALLEST else empty(t, *t.shape)
 
 
-def empty_cache() -> None:
-    """Give back to the system the CPU memory that layers keep for later calls, at most 256 MiB."""
+def drop_free() -> None:
+    """Give the blocks that are not in use back to the system."""
     while _free:
         _drop_oldest()
 
@@ -75,7 +75,7 @@ def _fresh(n_bytes: int) -> mmap.mmap | None:
     try:
         block = mmap.mmap(-1, size, flags=flags)
     except OSError:
-        empty_cache()
+        drop_free()
         return None
     if size >= _HUGE_PAGE:
         with suppress(OSError):  # a kernel without huge pages

@@ -1,0 +1,226 @@
+"""Packed weights are kept from one inference call to the next, and are never stale."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+
+import torch_manual
+from kernel_problems import BUILT, CLASSES, GRIDS, problem
+from torch_manual.kernels import cpu, cpu_library, memory, packed
+
+pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
+
+
+@pytest.fixture(autouse=True)
+def all_are_kept(monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    torch_manual.empty_cache()
+    yield
+    torch_manual.empty_cache()
+
+
+def infer(p):
+    with cpu_library.override(unpacked=False):
+        return cpu.lstm_forward(*p[:5], False)[:3]
+
+
+def packed_anew(p, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "key_of", lambda *_: None)
+        return infer(p)
+
+
+def equal(a, b):
+    return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_agrees_with_weights_packed_anew(instruction_set, name, dtype, monkeypatch):
+    for sizes in ((4, 13, 9, 33), (1, 3, 5, 17), (1, 14, 5, 100)):
+        p = problem(*sizes, **CLASSES[name]).to(dtype)
+        other = [None if w is None else w.neg() for w in p.weights]
+        for grid in GRIDS:
+            with cpu_library.override(instruction_set=instruction_set, grid=grid):
+                for _ in range(2):
+                    assert equal(infer(p), packed_anew(p, monkeypatch)), (sizes, grid)
+                for w, changed in zip(p.weights, other, strict=True):
+                    if w is not None:
+                        w.data.copy_(changed)  # unnoticed by the version of w
+                assert equal(infer(p), packed_anew(p, monkeypatch)), (sizes, grid)
+
+
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_agrees_after_a_change_of_any_panel(instruction_set, monkeypatch):
+    """Of a large weight, whose last panel's place serves the others (csrc/packing.h)."""
+    p = problem(2, 3, 300, 301).to(torch.float32)
+    with cpu_library.override(instruction_set=instruction_set):
+        for row in (None, 0, 300, 17, 150, 301 * 4 - 1, 301 * 3 - 1):
+            if row is not None:
+                for w in p.weights[:2]:
+                    w[row, -1] += 1
+            for _ in range(2):
+                assert equal(infer(p), packed_anew(p, monkeypatch)), row
+
+
+def test_the_second_call_finds_them():
+    """Then what lies in the block is what counts."""
+    p = problem(3, 4, 5, 20).to(torch.float32)
+    y = infer(p)[0]
+    ((block,),) = packed._free.values()
+    numbers = block.view(torch.float32)
+    numbers[: 4 * 16 * 5].mul_(2)  # the first panel of W_ih, or a part of it
+    assert not torch.equal(infer(p)[0], y)
+    assert [b.data_ptr() for (b,) in packed._free.values()] == [block.data_ptr()]
+    p.weights[0].data.mul_(2)
+    p.weights[0].data.mul_(0.5)
+    assert not torch.equal(infer(p)[0], y), "the same numbers again: nothing to pack"
+    torch_manual.empty_cache()
+    assert torch.equal(infer(p)[0], y)
+
+
+def single_changes(w):
+    yield from (lambda k=k: w.view(-1)[k].neg_() for k in range(0, w.numel(), 7))
+
+
+def structured_changes(w):
+    yield w.neg_
+    yield lambda: w.copy_(w.flip(0))
+    yield lambda: w.copy_(w.flip(1))
+    yield lambda: w.copy_(w.roll(1, 0))
+    yield lambda: w.copy_(w.roll(8, 1))
+    yield lambda: w.copy_(w.roll(64, 1))
+    yield lambda: w[:2].copy_(w[:2].flip(0))
+    yield lambda: w[:, :2].neg_()
+    yield lambda: w[0, ::16].neg_()  # all of one lane
+    yield lambda: w.zero_()
+    yield lambda: w.view(torch.int32).add_(1)  # all by the last bit: 1e-45 instead of 0
+    yield lambda: w.view(torch.int32).bitwise_xor_(1 << 31)
+
+
+@pytest.mark.parametrize("changes", [single_changes, structured_changes])
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_digests_differ(instruction_set, changes):
+    """After every change the digest of some panel is one that no call before has had."""
+    p = problem(2, 3, 130, 17).to(torch.float32)
+    seen = set()
+    with cpu_library.override(instruction_set=instruction_set):
+        infer(p)
+        for change in changes(p.weights[0]):
+            change()
+            infer(p)
+            ((block,),) = packed._free.values()
+            digests = tuple(digests_in(block, instruction_set, I=130, P=17, H=17))
+            assert digests not in seen
+            seen.add(digests)
+    assert len(seen) > 10
+
+
+def digests_in(block, instruction_set, I, P, H):
+    lanes = {"avx512": 16, "avx2": 8, "baseline": 4}[instruction_set]
+    panels = -(-H // lanes)
+    start = panels * lanes * 4 * (I + P) * 4
+    return block[start : start + 2 * panels * 8].view(torch.int64).tolist()
+
+
+def doubled(m):
+    return {name: v * 2 for name, v in m.state_dict().items()}
+
+
+WRITES = {
+    "optimizer": lambda m, w: torch.optim.SGD([w], 1.0).step(),
+    "data.copy_": lambda m, w: w.data.copy_(w.data * 2),
+    "data": lambda m, w: setattr(w, "data", w.data * 2),
+    "numpy": lambda m, w: w.detach().numpy().__imul__(2),
+    "load_state_dict": lambda m, w: m.load_state_dict(doubled(m)),
+    "assign": lambda m, w: m.load_state_dict(doubled(m), assign=True),
+    "no_grad": lambda m, w: w.detach().add_(1),
+    "storage": lambda m, w: w.untyped_storage().copy_((w.detach() * 2).untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize(
+    ("cls", "shape"), [(torch_manual.LSTM, (3, 40, 6)), (torch_manual.LSTMCell, (40, 6))]
+)
+@torch.no_grad()
+def test_no_write_is_missed(cls, shape, write):
+    m = cls(6, 20)
+    w = next(m.parameters())
+    x = torch.randn(shape)
+    w.grad = torch.ones_like(w)
+    before = m(x)[0]
+    assert torch.equal(m(x)[0], before)
+    WRITES[write](m, w)
+    after = m(x)[0]
+    assert not torch.equal(after, before)
+    fresh = copy.deepcopy(m)  # at other addresses
+    assert torch.equal(after, fresh(x)[0])
+
+
+def test_layers_that_take_turns_at_one_address():
+    """A block is found by the address of its weights, which may be another layer's by now."""
+    memory_of_weights = torch.empty(2, 80, 20)
+    p = problem(3, 4, 20, 20).to(torch.float32)
+    q = problem(3, 4, 20, 20, seed=1).to(torch.float32)
+    results = {}
+    for turn in range(4):
+        given = (p, q)[turn % 2]
+        memory_of_weights.copy_(torch.stack(given.weights[:2]))
+        shared = p._replace(weights=[*memory_of_weights, *p.weights[2:]])
+        y = infer(shared)[0]
+        assert torch.equal(results.setdefault(turn % 2, y), y)
+    assert len(packed._free) == 1
+    assert not torch.equal(results[0], results[1])
+
+
+def test_threads_beside_one_another(monkeypatch):
+    p = problem(5, 14, 30, 40).to(torch.float32)
+    right = packed_anew(p, monkeypatch)
+    wrong = []
+
+    def work():
+        for _ in range(200):
+            if not equal(infer(p), right):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert 1 <= len(next(iter(packed._free.values()))) <= 8
+
+
+def test_the_memory_is_bounded(monkeypatch):
+    problems = [problem(2, 3, 10, 20 + n).to(torch.float32) for n in range(8)]
+    infer(problems[0])
+    one = packed.kept_bytes()
+    monkeypatch.setattr(packed, "MOST_KEPT", 6 * one)
+    for _ in range(2):
+        for p in problems:
+            infer(p)
+            assert 0 < packed.kept_bytes() <= 6 * one
+    keys = list(packed._free)
+    infer(problems[-2])
+    assert list(packed._free)[-1] == keys[-2], "the one used last is dropped last"
+    monkeypatch.setattr(packed, "MOST_KEPT", 100)
+    torch_manual.empty_cache()
+    assert packed.kept_bytes() == memory.kept_bytes() == 0
+    infer(problems[0])
+    assert packed.kept_bytes() == 0
+
+
+def test_training_keeps_none():
+    m = torch_manual.LSTM(20, 30)
+    m(torch.randn(20, 3, 20))[0].sum().backward()
+    assert packed.kept_bytes() == 0
+    with torch.no_grad():
+        m(torch.randn(20, 3, 20))
+    assert packed.kept_bytes() > 0

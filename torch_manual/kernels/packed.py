@@ -1,0 +1,73 @@
+"""Packed weights that wait for the next inference call.
+
+The compiled CPU kernel packs the weights of a layer before its first step, which of a call of few
+rows can be a third. A block keeps them, and beside every panel a digest of the numbers it was
+packed from (csrc/digest.h). The next call of the same weights takes the digest of these as they are
+then, for a quarter or less of the cost, and packs the panels whose digest has changed. So no call
+sees stale numbers, whoever wrote to a weight and however.
+
+A block is one call's at a time: of calls side by side each has its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from torch_manual.kernels import cpu_library, memory
+
+SMALLEST = 1 << 18  # bytes of weights: below, packing takes little longer than a digest
+MOST_KEPT = 256 << 20  # bytes of blocks that are not in use
+_MOST_LANES = 16  # of a panel
+_free: OrderedDict[tuple, list[Tensor]] = OrderedDict()  # the key used last at the end
+
+
+def key_of(dtype: torch.dtype, sizes: tuple[int, ...], weights: tuple[int, ...]) -> tuple | None:
+    """By what the packed weights are found again, or None if they are not to be kept.
+
+    `sizes` are I, H, P and D; `weights` the addresses that csrc/lstm.h's Weights have.
+    """
+    I, H, P, D = sizes
+    if not SMALLEST <= D * 4 * H * (I + P) * dtype.itemsize <= MOST_KEPT // 2:
+        return None
+    return dtype, sizes, weights, cpu_library.chosen.instruction_set
+
+
+def take(key: tuple | None) -> Tensor | None:
+    """A block for the packed weights, in which they may be from an earlier call."""
+    if key is None:
+        return None
+    with suppress(KeyError, IndexError):  # no call before, or all are in use
+        return _free[key].pop()
+    dtype, (I, H, P, D), *_ = key
+    units = -(-H // _MOST_LANES) * _MOST_LANES  # of the panels, whatever their width
+    n_bytes = D * units * (4 * (I + P) * dtype.itemsize + 2 * 8)
+    return memory.empty(torch.empty(0, dtype=torch.uint8), n_bytes).zero_()
+
+
+def give_back(key: tuple | None, block: Tensor | None) -> None:
+    """Keep what `take` returned for the next call."""
+    if key is None or block is None:
+        return
+    _free.setdefault(key, []).append(block)
+    with suppress(KeyError):  # another thread has dropped it meanwhile
+        _free.move_to_end(key)
+        while kept_bytes() > MOST_KEPT:
+            _free.popitem(last=False)
+
+
+def kept_bytes() -> int:
+    """How much memory is kept for later calls and not in use."""
+    return sum(block.nbytes for blocks in list(_free.values()) for block in blocks)
+
+
+def empty_cache() -> None:
+    """Give back to the system the CPU memory that layers keep for later calls.
+
+    It is at most 256 MiB of packed weights and 256 MiB of blocks for outputs and gradients.
+    """
+    _free.clear()
+    memory.drop_free()

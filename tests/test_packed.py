@@ -84,6 +84,27 @@ def test_the_second_call_finds_them():
     assert torch.equal(infer(p)[0], y)
 
 
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_forward_mode_shares_them(instruction_set, monkeypatch):
+    p = problem(4, 13, 9, 33, D=2)
+    tangents = [None if t is None else t.flip(0) for t in (*p[:3], *p.weights)]
+
+    def dual():
+        out, tout = cpu.lstm_dual(*tangents[:3], tangents[3:], *p[:5], False)
+        return *out, *tout
+
+    with cpu_library.override(instruction_set=instruction_set):
+        infer(p)
+        addresses = [b.data_ptr() for (b,) in packed._free.values()]
+        for _ in range(2):
+            results = dual()
+            assert [b.data_ptr() for (b,) in packed._free.values()] == addresses
+            with monkeypatch.context() as patch:
+                patch.setattr(packed, "key_of", lambda *_: None)
+                assert equal(results, dual())
+            p.weights[1].data.neg_()
+
+
 def single_changes(w):
     yield from (lambda k=k: w.view(-1)[k].neg_() for k in range(0, w.numel(), 7))
 

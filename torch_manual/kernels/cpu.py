@@ -146,6 +146,8 @@ def lstm_dual(
     tweights, tpointers, _ = in_c_order(tweights)
     products = sum(t is not None for t in (tx, tweights[0])) * I
     products += I + H * (2 + (tweights[1] is not None))
+    key = packed.key_of(x.dtype, (I, H, H, D), pointers)
+    block = packed.take(key)
     cpu_library.call(
         "lstm_dual",
         x.dtype,
@@ -154,14 +156,15 @@ def lstm_dual(
             *(*cpu_grid.grid(T, B, N * 4 * H * products, H, D), lengths),
             *(0, 0, 0, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
             *(t.data_ptr() for t in out[:3]),
-            *(0, out[3].data_ptr() if return_cells else 0, 0, 0),
-            *pointers,
+            *(0, out[3].data_ptr() if return_cells else 0, 0),
+            *(0 if block is None else block.data_ptr(), *pointers),
             *(0 if t is None else t.data_ptr() for t in (tx, th0, tc0)),
             *(t.data_ptr() for t in tout[:3]),
             tout[3].data_ptr() if return_cells else 0,
             *tpointers,
         ),
     )
+    packed.give_back(key, block)
     return out, tout
 
 

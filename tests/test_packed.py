@@ -7,9 +7,11 @@ import threading
 
 import pytest
 import torch
+from torch.nn import Parameter
 
+import kernel_problems
 import torch_manual
-from kernel_problems import BUILT, CLASSES, GRIDS, problem
+from kernel_problems import BUILT, CLASSES, GRIDS
 from torch_manual.kernels import cpu, cpu_library, memory, packed
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
@@ -21,6 +23,13 @@ def all_are_kept(monkeypatch):
     torch_manual.empty_cache()
     yield
     torch_manual.empty_cache()
+
+
+def problem(*sizes, dtype=torch.float32, **kwargs):
+    """One whose weights are parameters."""
+    p = kernel_problems.problem(*sizes, **kwargs).to(dtype)
+    weights = [None if w is None else Parameter(w, requires_grad=False) for w in p.weights]
+    return p._replace(weights=weights)
 
 
 def infer(p):
@@ -43,7 +52,7 @@ def equal(a, b):
 @pytest.mark.parametrize("instruction_set", BUILT)
 def test_agrees_with_weights_packed_anew(instruction_set, name, dtype, monkeypatch):
     for sizes in ((4, 13, 9, 33), (1, 3, 5, 17), (1, 14, 5, 100)):
-        p = problem(*sizes, **CLASSES[name]).to(dtype)
+        p = problem(*sizes, dtype=dtype, **CLASSES[name])
         other = [None if w is None else w.neg() for w in p.weights]
         for grid in GRIDS:
             with cpu_library.override(instruction_set=instruction_set, grid=grid):
@@ -58,7 +67,7 @@ def test_agrees_with_weights_packed_anew(instruction_set, name, dtype, monkeypat
 @pytest.mark.parametrize("instruction_set", BUILT)
 def test_agrees_after_a_change_of_any_panel(instruction_set, monkeypatch):
     """Of a large weight, whose last panel's place serves the others (csrc/packing.h)."""
-    p = problem(2, 3, 300, 301).to(torch.float32)
+    p = problem(2, 3, 300, 301)
     with cpu_library.override(instruction_set=instruction_set):
         for row in (None, 0, 300, 17, 150, 301 * 4 - 1, 301 * 3 - 1):
             if row is not None:
@@ -70,7 +79,7 @@ def test_agrees_after_a_change_of_any_panel(instruction_set, monkeypatch):
 
 def test_the_second_call_finds_them():
     """Then what lies in the block is what counts."""
-    p = problem(3, 4, 5, 20).to(torch.float32)
+    p = problem(3, 4, 5, 20)
     y = infer(p)[0]
     ((block,),) = packed._free.values()
     numbers = block.view(torch.float32)
@@ -86,7 +95,7 @@ def test_the_second_call_finds_them():
 
 @pytest.mark.parametrize("instruction_set", BUILT)
 def test_forward_mode_shares_them(instruction_set, monkeypatch):
-    p = problem(4, 13, 9, 33, D=2)
+    p = problem(4, 13, 9, 33, D=2, dtype=torch.float64)
     tangents = [None if t is None else t.flip(0) for t in (*p[:3], *p.weights)]
 
     def dual():
@@ -128,7 +137,7 @@ def structured_changes(w):
 @pytest.mark.parametrize("instruction_set", BUILT)
 def test_digests_differ(instruction_set, changes):
     """After every change the digest of some panel is one that no call before has had."""
-    p = problem(2, 3, 130, 17).to(torch.float32)
+    p = problem(2, 3, 130, 17)
     seen = set()
     with cpu_library.override(instruction_set=instruction_set):
         infer(p)
@@ -176,6 +185,7 @@ def test_no_write_is_missed(cls, shape, write):
     x = torch.randn(shape)
     w.grad = torch.ones_like(w)
     before = m(x)[0]
+    assert packed.kept_bytes() > 0
     assert torch.equal(m(x)[0], before)
     WRITES[write](m, w)
     after = m(x)[0]
@@ -187,13 +197,14 @@ def test_no_write_is_missed(cls, shape, write):
 def test_layers_that_take_turns_at_one_address():
     """A block is found by the address of its weights, which may be another layer's by now."""
     memory_of_weights = torch.empty(2, 80, 20)
-    p = problem(3, 4, 20, 20).to(torch.float32)
-    q = problem(3, 4, 20, 20, seed=1).to(torch.float32)
+    p = problem(3, 4, 20, 20)
+    q = problem(3, 4, 20, 20, seed=1)
     results = {}
     for turn in range(4):
         given = (p, q)[turn % 2]
         memory_of_weights.copy_(torch.stack(given.weights[:2]))
-        shared = p._replace(weights=[*memory_of_weights, *p.weights[2:]])
+        matrices = [Parameter(w, requires_grad=False) for w in memory_of_weights]
+        shared = p._replace(weights=[*matrices, *p.weights[2:]])
         y = infer(shared)[0]
         assert torch.equal(results.setdefault(turn % 2, y), y)
     assert len(packed._free) == 1
@@ -201,7 +212,7 @@ def test_layers_that_take_turns_at_one_address():
 
 
 def test_threads_beside_one_another(monkeypatch):
-    p = problem(5, 14, 30, 40).to(torch.float32)
+    p = problem(5, 14, 30, 40)
     right = packed_anew(p, monkeypatch)
     wrong = []
 
@@ -220,7 +231,7 @@ def test_threads_beside_one_another(monkeypatch):
 
 
 def test_the_memory_is_bounded(monkeypatch):
-    problems = [problem(2, 3, 10, 20 + n).to(torch.float32) for n in range(8)]
+    problems = [problem(2, 3, 10, 20 + n) for n in range(8)]
     infer(problems[0])
     one = packed.kept_bytes()
     monkeypatch.setattr(packed, "MOST_KEPT", 6 * one)
@@ -235,6 +246,20 @@ def test_the_memory_is_bounded(monkeypatch):
     torch_manual.empty_cache()
     assert packed.kept_bytes() == memory.kept_bytes() == 0
     infer(problems[0])
+    assert packed.kept_bytes() == 0
+
+
+@torch.no_grad()
+def test_temporary_weights_are_not_kept():
+    """They would be found by chance, and hold the memory meanwhile."""
+    m = torch_manual.LSTM(20, 30)
+    x = torch.randn(20, 3, 20)
+    torch.func.functional_call(m, {k: v.clone() for k, v in m.named_parameters()}, (x,))
+    copy.deepcopy(m).bfloat16()(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        m(x)
+    torch.nn.utils.parametrizations.weight_norm(m, "weight_hh_l0")
+    m(x)
     assert packed.kept_bytes() == 0
 
 

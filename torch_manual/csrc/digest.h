@@ -1,5 +1,5 @@
-// A digest of memory: the same for the same contents; for others different, always where they differ in
-// eight bytes that belong together, else but for a chance of 2⁻⁶⁴.
+// A digest of memory: the same for the same contents, another for others. Always, if they differ in eight
+// bytes that are read as one word; else but for a chance of 2⁻⁶⁴.
 #pragma once
 
 #include <cstring>
@@ -38,7 +38,7 @@ class Digest {
     static constexpr uint64_t lanes = VECTOR_BYTES / 8, chains = 8;  // as many as overlap
     static constexpr int64_t block = chains * VECTOR_BYTES;
 
-    // One to one, so that a difference never gets lost; and every bit reaches half of the others.
+    // One to one, so that a difference never gets lost; the factor takes it up, the shift down again.
     template <typename T>
     static INLINE T mixed(T x) {
         x *= 0x9e3779b97f4a7c15;

@@ -68,7 +68,7 @@ def run_forward(
         return y, h_n.copy_(h0), c_n.copy_(c0)
     weights, pointers, full = in_c_order(weights)
     work = N * 4 * H * (I + P)
-    key = None if any(kept) else packed.key_of(x.dtype, (I, H, P, D), pointers)
+    key = None if any(kept) else packed.key_of((I, H, P, D), weights, pointers)
     unpacked = cpu_grid.unpacked(T, N, key is not None)
     block = None if unpacked else packed.take(key)
     cpu_library.call(
@@ -103,7 +103,7 @@ def lstm_step(
     weights, pointers, full = in_c_order(weights)
     gates, cells = (t.data_ptr() for t in kept) if save else (0, 0)
     y, unpacked = h_n.data_ptr(), cpu_grid.unpacked(1, B)
-    key = None if unpacked or save else packed.key_of(x.dtype, (I, H, P, 1), pointers)
+    key = None if unpacked or save else packed.key_of((I, H, P, 1), weights, pointers)
     block = packed.take(key)
     cpu_library.call(
         "lstm_forward",
@@ -146,7 +146,7 @@ def lstm_dual(
     tweights, tpointers, _ = in_c_order(tweights)
     products = sum(t is not None for t in (tx, tweights[0])) * I
     products += I + H * (2 + (tweights[1] is not None))
-    key = packed.key_of(x.dtype, (I, H, H, D), pointers)
+    key = packed.key_of((I, H, H, D), weights, pointers)
     block = packed.take(key)
     cpu_library.call(
         "lstm_dual",

@@ -12,10 +12,12 @@ A block is one call's at a time: of calls side by side each has its own.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from torch_manual.kernels import cpu_library, memory
 
@@ -25,15 +27,26 @@ _MOST_LANES = 16  # of a panel
 _free: OrderedDict[tuple, list[Tensor]] = OrderedDict()  # the key used last at the end
 
 
-def key_of(dtype: torch.dtype, sizes: tuple[int, ...], weights: tuple[int, ...]) -> tuple | None:
+def key_of(
+    sizes: tuple[int, ...], weights: Sequence[Tensor | None], addresses: tuple[int, ...]
+) -> tuple | None:
     """By what the packed weights are found again, or None if they are not to be kept.
 
-    `sizes` are I, H, P and D; `weights` the addresses that csrc/lstm.h's Weights have.
+    Only parameters': another tensor may be made for one call, at another address every time.
+
+    Args:
+        sizes: I, H, P and D.
+        weights: as the ops of kernels/lstm.py take them.
+        addresses: theirs, of two directions.
     """
     I, H, P, D = sizes
+    assert weights[0] is not None
+    dtype = weights[0].dtype
     if not SMALLEST <= D * 4 * H * (I + P) * dtype.itemsize <= MOST_KEPT // 2:
         return None
-    return dtype, sizes, weights, cpu_library.chosen.instruction_set
+    if not all(type(w) is Parameter for w in (*weights[:2], *weights[8:10])):
+        return None
+    return dtype, sizes, addresses, cpu_library.chosen.instruction_set
 
 
 def take(key: tuple | None) -> Tensor | None:

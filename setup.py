@@ -25,9 +25,9 @@ AVX2 = ["-mavx2", "-mfma", "-mprfchw"]  # the last one's instruction is a nop wh
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    # The baseline serves no x86 processor, only tests: it need not be fast. What takes longest to
-    # compile comes first, so that two cores are done in 58 s in place of 61.
-    INSTRUCTION_SETS = {"avx512": AVX512, "avx2": AVX2, "baseline": ["-O1"]}
+    # The baseline serves no x86 processor, only tests, which -Og makes a tenth slower: two cores
+    # are done in 46 s in place of 65 with -O1. What takes longest to compile comes first.
+    INSTRUCTION_SETS = {"avx512": AVX512, "avx2": AVX2, "baseline": ["-Og"]}
 
 
 class BuildKernel(build_ext):

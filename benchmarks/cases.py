@@ -26,7 +26,7 @@ class Case:
     bidirectional: bool = False
     dtype: str = "float32"
     packed: bool = False  # lengths from a long-tailed distribution, T the longest
-    cell: bool = False
+    cell: bool = False  # in a loop over T steps
     peephole: str = ""
     recompute: int | None = None
     against_ours: bool = False  # stock has no such layer: our plain LSTM takes its place
@@ -102,6 +102,10 @@ CASES = (
     Case("LSTMCell", 1, 8, 256, 256, cell=True),
     Case("LSTMCell", 1, 16, 300, 300, cell=True),
     Case("LSTMCell", 1, 64, 512, 512, cell=True),
+    Case("LSTMCell loop", 20, 1, 128, 128, cell=True),
+    Case("LSTMCell loop", 20, 8, 64, 64, cell=True),
+    Case("LSTMCell loop", 20, 16, 300, 300, cell=True),
+    Case("LSTMCell loop", 20, 64, 512, 512, cell=True),
     Case("diagonal peephole", 128, 16, 64, 64, peephole="diagonal"),
     Case("diagonal peephole", 128, 32, 256, 256, peephole="diagonal"),
     Case("diagonal peephole vs ours", 128, 16, 64, 64, peephole="diagonal", against_ours=True),

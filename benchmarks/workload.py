@@ -30,7 +30,9 @@ class Side:
         def draw(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator).to(dtype)
 
-        x = draw(case.B, case.I) if case.cell else draw(case.T, case.B, case.I)
+        x = draw(case.T, case.B, case.I)
+        if case.cell and case.T == 1:
+            x = x[0]
         self.batch_sizes = None
         if case.packed:
             x, self.batch_sizes, _, _ = pack_padded_sequence(x, case.lengths())
@@ -88,7 +90,7 @@ def _module(case: Case, which: str) -> nn.Module:
     cell: Any
     if case.cell:
         cell = torch_manual.LSTMCell if which == "ours" else nn.LSTMCell
-        return cell(case.I, case.H)
+        return cell(case.I, case.H) if case.T == 1 else Loop(cell(case.I, case.H))
     options: dict[str, Any] = {}
     if case.peephole and which != "stock":
         options["peephole"] = case.peephole
@@ -106,6 +108,19 @@ def _module(case: Case, which: str) -> nn.Module:
         proj_size=case.proj_size,
         **options,
     )
+
+
+class Loop(nn.Module):
+    """A cell in a loop over the steps of its input."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        for x in input:
+            hx = self.cell(x, hx)
+        return hx
 
 
 class SteppedPeephole(torch_manual.PeepholeLSTM):

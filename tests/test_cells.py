@@ -7,6 +7,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import reference
 import torch_manual
+from torch_manual.functions import lstm_cell
 
 KINDS = {
     "plain": (torch_manual.LSTMCell, {}),
@@ -24,6 +25,13 @@ def chain(step, x, h, c):
         h, c = step(x_t, (h, c))
         hs.append(h)
     return torch.stack(hs), c
+
+
+@pytest.fixture(autouse=True, params=["step", "loop"])
+def summed_by(request, monkeypatch):
+    """Whether the weights' gradients are summed step by step or once for all steps of a loop."""
+    if request.param == "loop":
+        monkeypatch.setattr(lstm_cell, "_WORTH", -(1 << 40))
 
 
 def as_functions(kind):

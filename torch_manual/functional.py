@@ -10,7 +10,8 @@ from torch_manual.functions.loss import (
     cross_entropy,
     mse_loss,
 )
-from torch_manual.functions.lstm import LSTMWeights, lstm_cell, lstm_layer
+from torch_manual.functions.lstm import LSTMWeights, lstm_layer
+from torch_manual.functions.lstm_cell import lstm_cell
 from torch_manual.functions.two_linear import two_linear
 
 __all__ = [

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from torch_manual.functions.lstm import LSTMWeights, lstm_cell, lstm_layer
+from torch_manual.functions.lstm import LSTMWeights, lstm_layer
+from torch_manual.functions.lstm_cell import lstm_cell
 
 _in_force: list[Library] = []  # a Library that nobody holds gives its ops back
 

@@ -1,7 +1,8 @@
 """The LSTM layer and its hand-derived gradient (equations: docs/derivations/lstm.md).
 
 The recurrence and its reverse are opaque ops (torch_manual/kernels/lstm.py). This file wraps them
-in an `autograd.Function`; the gradients that are sums over time are in lstm_gradients.py.
+in an `autograd.Function`; the gradients that are sums over time are in lstm_gradients.py, a single
+step in lstm_cell.py.
 
 T steps, B sequences, N rows (T·B, or Σ batch_sizes when packed), I inputs, H hidden units,
 P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
@@ -28,10 +29,7 @@ from torch_manual.functions.lstm_second_order import (
     fold,
     vmap_by_loop,
 )
-from torch_manual.kernels import cpu_gradients
-from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward, lstm_step
-
-__all__ = ["LSTMWeights", "lstm_cell", "lstm_layer"]
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
 
 _SHAPES = {  # those of the peepholes are theirs to choose
     "weight_ih": "(4H, I)",
@@ -86,7 +84,7 @@ def lstm_layer(
     if torch._C._is_any_autocast_enabled():
         x, h0, c0, *flat = autocast_cast(x, h0, c0, *flat)
         weights = by_direction(flat)
-    _check(x, h0, c0, weights)
+    check_arguments(x, h0, c0, weights)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if recompute is not None and torch.is_grad_enabled():
         y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
@@ -103,32 +101,6 @@ def lstm_layer(
         return y, h_n, c_n
     cells = cells.movedim(0, 1).flatten(1)
     return y, h_n, c_n, cells.view(*x.shape[:-1], cells.shape[-1])
-
-
-def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tuple[Tensor, Tensor]:
-    """Run one LSTM step: `lstm_layer` with T = 1 and one direction.
-
-    Args:
-        x: (B, I).
-        hx: h_{t-1} and c_{t-1}, (B, H) each.
-        weights: the cell's parameters.
-
-    Returns:
-        h_t and c_t, (B, H) each.
-    """
-    h, c = hx
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or _transforms_are_active()
-    ):
-        h, _, c_n = lstm_layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights])
-        return h, c_n.squeeze(0)
-    _check(x, h, c, [weights])
-    if torch.is_grad_enabled() and _any_requires_grad(x, h, c, *weights):
-        return LSTMCellFunction.apply(x, h, c, *weights)
-    h, c = lstm_step(x, h, c, weights, save=False)
-    return h, c
 
 
 class LSTMFunction(PositionalFunction):
@@ -160,7 +132,7 @@ class LSTMFunction(PositionalFunction):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
-        dx, dh0, dc0, *dweights = _gradients(needs, outer[:4], ctx.saved_tensors)
+        dx, dh0, dc0, *dweights = gradients_of(needs, outer[:4], ctx.saved_tensors)
         return dx, dh0, dc0, None, *dweights
 
     @staticmethod
@@ -192,42 +164,9 @@ class LSTMFunction(PositionalFunction):
         ), (1, 2, 2, 2, 2)
 
 
-class LSTMCellFunction(PositionalFunction):
-    """(x, h, c, weights) → (h', c'): one step, without transforms.
-
-    `LSTMFunction` would do, but for the time that the views around it and their nodes take.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        h_n, c_n, gates, cells = lstm_step(x, h, c, weights, save=True)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, c, gates, cells, *weights)
-        return h_n, c_n
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
-        if dh is None and dc is None:
-            return (None,) * len(needs)
-        x, h, c, gates, cells, *weights = ctx.saved_tensors
-        y = h  # of its shape: no step comes after that would look at y
-        others = dh, dc, h, c, gates, cells
-        if not torch.is_grad_enabled() and cpu_gradients.serves(x, weights, *others):
-            dx, dh0, dc0, _, _, *dweights = cpu_gradients.lstm_gradients(
-                needs, (dh, None, dc, None), x, h, c, None, y, gates, cells, weights
-            )
-            return dx, dh0, dc0, *dweights
-        saved = x, h.unsqueeze(0), c.unsqueeze(0), None, y, gates, cells, *weights
-        outer = dh, None, None if dc is None else dc.unsqueeze(0), None
-        dx, dh0, dc0, *dweights = _gradients(needs, outer, saved)
-        dh0, dc0 = (None if t is None else t.squeeze(0) for t in (dh0, dc0))
-        return dx, dh0, dc0, *dweights
-
-
-def _gradients(needs: Sequence[bool], outer: Tensors, saved: Tensors) -> tuple[Tensor | None, ...]:
+def gradients_of(
+    needs: Sequence[bool], outer: Tensors, saved: Tensors
+) -> tuple[Tensor | None, ...]:
     """dx, dh0, dc0 and the weights' gradients, in a form that can be differentiated if asked to."""
     if all(t is None for t in outer):
         return (None,) * len(needs)
@@ -247,20 +186,20 @@ def _apply(*args: Any) -> tuple[Tensor, ...]:
 
 def _needs_graph(*tensors: Tensor | None) -> bool:
     """Whether what backward, forward mode or a transform of torch.func needs must be kept."""
-    if _transforms_are_active():
+    if transforms_are_active():
         return True
-    return torch.is_grad_enabled() and _any_requires_grad(*tensors)
+    return torch.is_grad_enabled() and any_requires_grad(*tensors)
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
+def any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _transforms_are_active() -> bool:
+def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _check(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:
+def check_arguments(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:
     I, P, H, dtype, device = x.shape[-1], h0.shape[-1], c0.shape[-1], x.dtype, x.device
     for state in (h0, c0):
         if state.dtype is not dtype or state.device != device:

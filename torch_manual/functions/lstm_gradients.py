@@ -95,7 +95,9 @@ def lstm_gradients(
         if needs[0]:
             dx = apart(_joined([dx_of(_rows(dpre, rows), p.weights) for rows in parts]), samples)
         dweights: list[Tensor | None] = []
-        for d, need in enumerate(by_direction(needs[3:])):
+        for d, (need, w) in enumerate(
+            zip(by_direction(needs[3:]), by_direction(p.weights), strict=True)
+        ):
             factors = factors_of(need, p, d)
             total = NOTHING
             for rows in parts if d else reversed(parts):
@@ -103,7 +105,7 @@ def lstm_gradients(
                 if rows is not None:
                     part = Factors(*(None if t is None else _rows(t, rows) for t in factors))
                 dh_d = _rows(dh[d], rows) if need.weight_hr else dh[d]
-                sums = sums_of(need, _rows(dpre[d], rows), dh_d, part, p, d, samples)
+                sums = sums_of(need, _rows(dpre[d], rows), dh_d, part, w, samples)
                 total = add_each(total, sums)
             dweights += total
         return (
@@ -164,12 +166,14 @@ def lstm_gradient_tangents(
         if needs[0]:
             tdx = _add(dx_of(tdpre, p.weights), dx_of(dpre, tweights))  # R18
         tdweights: list[Tensor | None] = []
-        for d, need in enumerate(by_direction(needs[3:])):
+        for d, (need, w) in enumerate(
+            zip(by_direction(needs[3:]), by_direction(p.weights), strict=True)
+        ):
             factors = factors_of(need, p, d)
             tfactors = _tangent_factors(need, p, d, tx, th0, tc0, ty, tgates, tcells)
             products = need._replace(bias_ih=False, bias_hh=False)  # type: ignore[arg-type]
-            first = sums_of(need, tdpre[d], tdh[d], factors, p, d)  # R19, R21
-            second = sums_of(products, dpre[d], dh[d], tfactors, p, d)  # R20
+            first = sums_of(need, tdpre[d], tdh[d], factors, w)  # R19, R21
+            second = sums_of(products, dpre[d], dh[d], tfactors, w)  # R20
             tdweights += add_each(first, second)
         return tdx, tdh0 if needs[1] else None, tdc0 if needs[2] else None, *tdweights
 
@@ -251,10 +255,9 @@ def _direction(y: Tensor, h0: Tensor, d: int) -> Tensor:
 def sums_of(
     need: LSTMWeights,
     dpre: Tensor,
-    dh: Tensor,
+    dh: Tensor | None,
     factors: Factors,
-    p: Primal,
-    d: int,
+    w: LSTMWeights,
     samples: int | None = None,
 ) -> LSTMWeights:
     """The sums over all rows, or all of each sample; None where not needed or zero."""
@@ -262,14 +265,16 @@ def sums_of(
     x = x if need.weight_ih else None
     bias = bool(need.bias_ih or need.bias_hh)
     dweight_ih, dweight_hh, db = lstm_weight_sums(dpre, x, h_prev, bias, samples)
-    dweight_hr = apart(dh, samples).mT @ apart(m, samples) if m is not None else None  # B14
+    dweight_hr = None
+    if m is not None and dh is not None:
+        dweight_hr = apart(dh, samples).mT @ apart(m, samples)  # B14
     return LSTMWeights(
         dweight_ih if x is not None else None,  # type: ignore[arg-type]
         dweight_hh if h_prev is not None else None,  # type: ignore[arg-type]
         db if need.bias_ih else None,
         (db.clone() if need.bias_ih else db) if need.bias_hh else None,
         dweight_hr,
-        *_peephole_sums(need, dpre, factors, by_direction(p.weights)[d], samples),
+        *_peephole_sums(need, dpre, factors, w, samples),
     )
 
 

@@ -200,7 +200,7 @@ def _backward_direction(
         given = _inputs(x, h_starts[entry], c_starts[entry], batch_sizes, whole)
         p = Primal(*given, y[whole.rows], gates, cells, w)
         total = add_each(
-            total, sums_of(need, dpre[0], dh_rows[0], factors_of(need, p, 0, reverse), p, 0)
+            total, sums_of(need, dpre[0], dh_rows[0], factors_of(need, p, 0, reverse), w)
         )
         if dx is not None and reverse:
             dx[whole.rows] += dx_of(dpre, w)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from torch_manual.functions.lstm import LSTMWeights, lstm_cell, lstm_layer
+from torch_manual.functions.lstm import LSTMWeights, lstm_layer
+from torch_manual.functions.lstm_cell import lstm_cell
 
 CELL_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 PEEPHOLES = ("weight_ci", "weight_cf", "weight_co")

@@ -97,7 +97,7 @@ class LSTMCellFunction(PositionalFunction):
                 keep_dpre=sums is not None,
             )
             if sums is not None and dpre is not None:
-                sums.add(dpre[0], sums.factors(x, h, c, cells[0]))
+                sums.add(dpre[0], x, h, c, cells[0])
             return dx, dh0, dc0, None, *dweights
         saved = x, h.unsqueeze(0), c.unsqueeze(0), None, y, gates, cells, *weights
         outer = dh, None, None if dc is None else dc.unsqueeze(0), None
@@ -136,19 +136,16 @@ class _LoopSums:
         self._total = NOTHING
         self._terms: list[tuple[Tensor, Factors]] = []
 
-    def factors(self, x: Tensor, h_prev: Tensor, c_prev: Tensor, c: Tensor) -> Factors:
-        """Those of a step that are needed."""
+    def add(self, dpre: Tensor, x: Tensor, h_prev: Tensor, c_prev: Tensor, c: Tensor) -> None:
+        """Add a step's term, of dpre (B, 4H)."""
         need = self.needs
-        return Factors(
+        factors = Factors(
             x if need.weight_ih else None,
             h_prev if need.weight_hh else None,
             None,
             c_prev if need.weight_ci or need.weight_cf else None,
             c if need.weight_co else None,
         )
-
-    def add(self, dpre: Tensor, factors: Factors) -> None:
-        """Add a step's term: dpre (B, 4H) times its factors."""
         self._terms.append((dpre, factors))
         if len(self._terms) * dpre.shape[0] >= _BLOCK_ROWS:
             self.total()

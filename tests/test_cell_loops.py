@@ -249,6 +249,22 @@ def test_a_step_called_by_hand_returns_its_term(products):
     assert products == []
 
 
+@pytest.mark.parametrize("backend", ["", "eager"])
+def test_compiled_autograd_sums_step_by_step(products, backend):
+    from torch._dynamo import compiled_autograd  # heavy, and of this test alone
+
+    stock, ours = pair()
+    expected = gradients(stock, inputs())
+    torch._dynamo.reset()
+    compiled = torch.compile(backend=backend, fullgraph=True)
+    compile_graph = compiled if backend else lambda graph: graph
+    loss = loss_of(steps(ours, inputs()))
+    with compiled_autograd._enable(compile_graph):
+        loss.backward()
+    expect_same([p.grad for p in ours.parameters()], list(expected))
+    assert products == []
+
+
 def test_backward_passes_side_by_side():
     _, ours = pair()
     hs = steps(ours, inputs())

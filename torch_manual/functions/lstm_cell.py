@@ -9,6 +9,7 @@ the factors of its term, and when all steps have, their products are taken at on
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,12 +99,12 @@ class LSTMCellFunction(PositionalFunction):
             )
             if sums is not None and dpre is not None:
                 sums.add(dpre[0], x, h, c, cells[0])
-            return dx, dh0, dc0, None, *dweights
+            return dx, dh0, dc0, _zeros(ctx.of_loop), *dweights
         saved = x, h.unsqueeze(0), c.unsqueeze(0), None, y, gates, cells, *weights
         outer = dh, None, None if dc is None else dc.unsqueeze(0), None
         dx, dh0, dc0, *dweights = gradients_of(needs, outer, saved)
         dh0, dc0 = (None if t is None else t.squeeze(0) for t in (dh0, dc0))
-        return dx, dh0, dc0, None, *dweights
+        return dx, dh0, dc0, _zeros(ctx.of_loop), *dweights
 
 
 _StepNode: Any = LSTMCellFunction._backward_cls
@@ -123,6 +124,8 @@ class LoopSumsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        if _in_compiled_autograd():
+            return tuple(map(_zeros, ctx.weights))
         sums = ctx.sums.pop(torch._C._current_graph_task_id(), None)
         return NOTHING if sums is None else sums.total()
 
@@ -192,11 +195,25 @@ def _step_before(state: Tensor, weights: LSTMWeights) -> Any:
     return node
 
 
+def _zeros(like: Tensor | None) -> Tensor | None:
+    """None, but in compiled autograd, which adds up gradients whether or not they are None."""
+    if like is None or not _in_compiled_autograd():
+        return None
+    return torch.zeros_like(like)
+
+
+def _in_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")  # who uses it has imported it
+    return module is not None and module.in_compiled_autograd_region
+
+
 def _sums_of_loop(of_loop: Tensor | None, needs: Sequence[bool]) -> _LoopSums | None:
     """Where a step leaves its term, or None if it is to return it."""
     task = torch._C._current_graph_task_id()
     node: Any = None if of_loop is None else of_loop.grad_fn
-    if node is None or task == -1 or not torch._C._will_engine_execute_node(node):
+    if node is None or task == -1 or _in_compiled_autograd():
+        return None
+    if not torch._C._will_engine_execute_node(node):
         return None
     if task not in node.sums:
         node.sums[task] = _LoopSums(node.weights, node.needs_input_grad)

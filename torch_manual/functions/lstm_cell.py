@@ -24,9 +24,9 @@ from torch_manual.functions.lstm import (
     lstm_layer,
     transforms_are_active,
 )
-from torch_manual.functions.lstm_gradients import NOTHING, Factors, add_each, sums_of
+from torch_manual.functions.lstm_gradients import NOTHING, Factors, add_each, joined, sums_of
 from torch_manual.kernels import cpu_gradients
-from torch_manual.kernels.lstm import LSTMWeights, lstm_step
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_step
 
 _BLOCK_ROWS = 1024  # of which a loop keeps the factors, before it takes their products
 _WORTH = 1 << 16  # numbers of a term: below, adding them up costs less
@@ -97,7 +97,8 @@ class LSTMCellFunction(PositionalFunction):
                 *(x, h, c, None, y, gates, cells, weights),
                 keep_dpre=sums is not None,
             )
-            if sums is not None and dpre is not None:
+            if sums is not None:
+                assert dpre is not None
                 sums.add(dpre[0], x, h, c, cells[0])
             return dx, dh0, dc0, _zeros(ctx.of_loop), *dweights
         saved = x, h.unsqueeze(0), c.unsqueeze(0), None, y, gates, cells, *weights
@@ -118,9 +119,9 @@ class LoopSumsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor | None) -> Tensor:
-        ctx.weights = LSTMWeights(*weights)  # type: ignore[arg-type]
+        (ctx.weights,) = by_direction(weights)
         ctx.sums = {}  # of each backward pass: there may be several, even side by side
-        return weights[0].new_empty(0)  # type: ignore[union-attr]
+        return ctx.weights.weight_ih.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,7 +136,7 @@ class _LoopSums:
 
     def __init__(self, weights: LSTMWeights, needs: Sequence[bool]) -> None:
         self.weights = weights
-        self.needs = LSTMWeights(*needs)  # type: ignore[arg-type]
+        (self.needs,) = by_direction(needs)
         self._total = NOTHING
         self._terms: list[tuple[Tensor, Factors]] = []
 
@@ -156,16 +157,14 @@ class _LoopSums:
     def total(self) -> LSTMWeights:
         """Return the sums of all terms so far."""
         if self._terms:
-            dpre = torch.cat([dpre for dpre, _ in self._terms])
-            factors = Factors(*map(_joined, zip(*(f for _, f in self._terms), strict=True)))
+            dpre = joined([dpre for dpre, _ in self._terms])
+            each = zip(*(factors for _, factors in self._terms), strict=True)
+            factors = Factors(*(None if ts[0] is None else joined(ts) for ts in each))
             self._terms.clear()
-            sums = sums_of(self.needs, dpre, None, factors, self.weights)
+            no_dh = dpre.new_empty(0)  # of a projection, which cells have not
+            sums = sums_of(self.needs, dpre, no_dh, factors, self.weights)
             self._total = add_each(self._total, sums)
         return self._total
-
-
-def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    return torch.cat([t for t in parts if t is not None]) if parts[0] is not None else None
 
 
 def _of_loop(x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights) -> Tensor | None:

@@ -93,7 +93,7 @@ def lstm_gradients(
             parts = [block.rows for block in found] if len(found) > 1 else parts
         dx = None
         if needs[0]:
-            dx = apart(_joined([dx_of(_rows(dpre, rows), p.weights) for rows in parts]), samples)
+            dx = apart(joined([dx_of(_rows(dpre, rows), p.weights) for rows in parts]), samples)
         dweights: list[Tensor | None] = []
         for d, (need, w) in enumerate(
             zip(by_direction(needs[3:]), by_direction(p.weights), strict=True)
@@ -255,7 +255,7 @@ def _direction(y: Tensor, h0: Tensor, d: int) -> Tensor:
 def sums_of(
     need: LSTMWeights,
     dpre: Tensor,
-    dh: Tensor | None,
+    dh: Tensor,
     factors: Factors,
     w: LSTMWeights,
     samples: int | None = None,
@@ -265,9 +265,7 @@ def sums_of(
     x = x if need.weight_ih else None
     bias = bool(need.bias_ih or need.bias_hh)
     dweight_ih, dweight_hh, db = lstm_weight_sums(dpre, x, h_prev, bias, samples)
-    dweight_hr = None
-    if m is not None and dh is not None:
-        dweight_hr = apart(dh, samples).mT @ apart(m, samples)  # B14
+    dweight_hr = apart(dh, samples).mT @ apart(m, samples) if m is not None else None  # B14
     return LSTMWeights(
         dweight_ih if x is not None else None,  # type: ignore[arg-type]
         dweight_hh if h_prev is not None else None,  # type: ignore[arg-type]
@@ -308,8 +306,9 @@ def add_each(a: LSTMWeights, b: LSTMWeights) -> LSTMWeights:
     return LSTMWeights(*(_add(s, t) for s, t in zip(a, b, strict=True)))  # type: ignore[arg-type]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -2)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

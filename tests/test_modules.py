@@ -13,6 +13,7 @@ from torch.testing._internal.common_modules import module_db
 
 import torch_manual
 from cases import CASES, SAMPLES, cotangents, gradients, run
+from torch_manual.functional import LSTMWeights, lstm_cell, lstm_layer
 from torch_manual.functions import lstm_gradients
 
 OURS = {nn.LSTM: torch_manual.LSTM, nn.LSTMCell: torch_manual.LSTMCell}
@@ -227,16 +228,51 @@ def test_state_of_another_dtype_is_refused():
         torch_manual.LSTMCell(3, 4)(C, (G.double(), G.double()))
 
 
-def test_weight_of_a_wrong_shape_is_refused():
+WRONG_SHAPES = {  # (16, 3) and (3, 16) have as many numbers
+    "weight_ih": ((3, 16), r"\(4H, I\) = \(16, 3\), got \(3, 16\)"),
+    "weight_hh": ((16, 5), r"\(4H, P\) = \(16, [24]\), got \(16, 5\)"),
+    "bias_ih": ((12,), r"\(4H,\) = \(16,\), got \(12,\)"),
+    "bias_hh": ((16, 1), r"\(4H,\) = \(16,\), got \(16, 1\)"),
+    "weight_hr": ((4, 2), r"\(P, H\) = \(2, 4\), got \(4, 2\)"),
+    "weight_ci": ((5,), r"\(H,\) = \(4,\), got \(5,\)"),
+    "weight_cf": ((1, 4), r"\(H,\) = \(4,\), got \(1, 4\)"),
+    "weight_co": ((3,), r"\(H,\) = \(4,\), got \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (torch_manual.LSTM(3, 4), X),
+        (torch_manual.LSTM(3, 4, proj_size=2), X),
+        (torch_manual.PeepholeLSTM(3, 4), X),
+        (torch_manual.LSTMCell(3, 4), C),
+        (torch_manual.PeepholeLSTMCell(3, 4), C),
+    ],
+    ids=["LSTM", "proj_size", "PeepholeLSTM", "LSTMCell", "PeepholeLSTMCell"],
+)
+def test_weight_of_a_wrong_shape_or_dtype_is_refused(module, x, grad):
     """float32 nn.LSTM on the CPU does not look, and reads past the end."""
-    module = torch_manual.LSTM(3, 4)
-    module.weight_hh_l0 = nn.Parameter(torch.zeros(16, 5))
-    with pytest.raises(ValueError, match=r"weight_hh must be \(4H, P\) = \(16, 4\), got \(16, 5\)"):
-        module(X)
-    peep = torch_manual.PeepholeLSTM(3, 4)
-    peep.weight_cf_l0 = nn.Parameter(torch.zeros(5))
-    with pytest.raises(ValueError, match=r"weight_cf must be \(H,\) = \(4,\), got \(5,\)"):
-        peep(X)
+    for name in [name for name, _ in module.named_parameters()]:
+        shape, message = WRONG_SHAPES[name.removesuffix("_l0")]
+        wrong = copy.deepcopy(module)
+        setattr(wrong, name, nn.Parameter(torch.zeros(shape)))
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(ValueError, match=f"{name.removesuffix('_l0')} must be {message}"):
+                wrong(x)
+            setattr(wrong, name, nn.Parameter(getattr(module, name).double()))
+            with pytest.raises((RuntimeError, ValueError), match=r"not the same dtype|input dtype"):
+                wrong(x)
+
+
+def test_h_of_another_width_than_c_needs_a_projection():
+    weights = LSTMWeights(torch.zeros(16, 3), torch.zeros(16, 5))
+    message = "without weight_hr, h0 must be as wide as c0, 4, got 5"
+    with pytest.raises(ValueError, match=message):
+        lstm_layer(X, torch.zeros(1, 2, 5), torch.zeros(1, 2, 4), [weights])
+    with pytest.raises(ValueError, match=message):
+        lstm_cell(X[0], (torch.zeros(2, 5), torch.zeros(2, 4)), weights)
 
 
 def test_packed_arguments_are_checked():

@@ -204,20 +204,33 @@ def check_arguments(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWei
     for state in (h0, c0):
         if state.dtype is not dtype or state.device != device:
             _refuse(x, state, "hidden")
+    gates = (4 * H,)
     for w in weights:
-        full = w.weight_ci is not None and w.weight_ci.dim() == 2
-        peephole = (H, H) if full else (H,)
-        shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H), peephole, peephole, peephole
-        for name, t, shape in zip(w._fields, w, shapes, strict=False):
-            if t is None:
-                continue
-            if t.shape != shape:
-                symbol = _SHAPES.get(name, "(H, H)" if full else "(H,)")
-                raise ValueError(f"lstm: {name} must be {symbol} = {shape}, got {tuple(t.shape)}")
-            if t.dtype is not dtype or t.device != device:
+        ih, hh, b_ih, b_hh, hr, ci, cf, co = w
+        if (  # spelled out: in a loop it would be 3 % of a small cell's step
+            ih.shape != (*gates, I)
+            or hh.shape != (*gates, P)
+            or (b_ih is not None and b_ih.shape != gates)
+            or (b_hh is not None and b_hh.shape != gates)
+            or not hr is ci is cf is co is None
+            or P != H
+        ):
+            _check_shapes(w, I, P, H)
+        for t in w:
+            if t is not None and (t.dtype is not dtype or t.device != device):
                 _refuse(x, t, "parameter")
-        if w.weight_hr is None and P != H:
-            raise ValueError(f"lstm: without weight_hr, h0 must be as wide as c0, {H}, got {P}")
+
+
+def _check_shapes(w: LSTMWeights, I: int, P: int, H: int) -> None:
+    full = w.weight_ci is not None and w.weight_ci.dim() == 2
+    peephole = (H, H) if full else (H,)
+    shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H), peephole, peephole, peephole
+    for name, t, shape in zip(w._fields, w, shapes, strict=True):
+        if t is not None and t.shape != shape:
+            symbol = _SHAPES.get(name, "(H, H)" if full else "(H,)")
+            raise ValueError(f"lstm: {name} must be {symbol} = {shape}, got {tuple(t.shape)}")
+    if w.weight_hr is None and P != H:
+        raise ValueError(f"lstm: without weight_hr, h0 must be as wide as c0, {H}, got {P}")
 
 
 def _refuse(x: Tensor, other: Tensor, kind: str) -> NoReturn:

@@ -26,7 +26,7 @@ from benchmarks import machine
 BLOCK_SECONDS = 0.02
 MAX_LOST = 0.01
 MIN_ROUNDS = 3
-PATIENCE = 3  # times the seconds of a row, before we make do with what was clean
+PATIENCE = 3  # times the seconds and the rounds of a row, before we make do with what was clean
 
 
 class Block(NamedTuple):
@@ -54,12 +54,12 @@ class Timing:
 def interleaved(
     stock: Callable[[], Block], ours: Callable[[], Block], seconds: float
 ) -> list[Round]:
-    """Run rounds until `seconds` of them are clean, or `PATIENCE` times that have passed."""
+    """Run rounds until `seconds` and `MIN_ROUNDS` of them are clean, or `PATIENCE` times both."""
     rounds: list[Round] = []
     clean_seconds = all_seconds = 0.0
     clean_rounds = 0
     while (clean_seconds < seconds or clean_rounds < MIN_ROUNDS) and (
-        all_seconds < PATIENCE * seconds or len(rounds) < MIN_ROUNDS
+        all_seconds < PATIENCE * seconds or len(rounds) < PATIENCE * MIN_ROUNDS
     ):
         start = time.perf_counter()
         if len(rounds) % 2 == 0:

@@ -80,6 +80,19 @@ def test_rounds_alternate_and_both_blocks_are_to_be_clean():
 
 
 @pytest.mark.parametrize(
+    ("clean", "expected"),
+    [([True], 3), ([False, True], 6), ([False], 9)],
+    ids=["all", "half", "none"],
+)
+def test_rounds_that_take_long_are_repeated_until_enough_are_clean(clean, expected):
+    clean = cycle(clean)
+    rounds = measure.interleaved(
+        lambda: Block(1.0, next(clean)), lambda: Block(1.0, True), seconds=0.0
+    )
+    assert len(rounds) == expected
+
+
+@pytest.mark.parametrize(
     ("lost", "ours", "clean"),
     [
         ((0.0, 0.0), (True, True), True),

@@ -3,10 +3,11 @@
 A round runs a block of stock and a block of ours; the next round the other way about. A row is the
 median of the rounds' ratios, so that a slow stretch of the machine meets both sides alike.
 
-A round is rejected when the machine took more than 1 % of a block away from us: the time our
-threads stood ready but waited for a core because another process had it (Linux: the second field of
-/proc/self/task/*/schedstat) plus the time the hypervisor stole (/proc/stat). It is rejected, too,
-when our threads did not have a core each before and after it (`benchmarks.machine.cores_are_ours`).
+A round is rejected when the machine took more than 1 % of our threads' time in a block: the time
+that all of them stood ready but waited for a core because another process had it (Linux: the second
+field of /proc/self/task/*/schedstat) plus the time the hypervisor stole (/proc/stat). It is
+rejected, too, when our threads did not have a core each before and after it
+(`benchmarks.machine.cores_are_ours`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from benchmarks import machine
 
@@ -119,7 +122,7 @@ def block(
         if calls > 1:
             run(1)
         spent = run(calls)
-        allowed = MAX_LOST * (time.perf_counter() - start)
+        allowed = MAX_LOST * torch.get_num_threads() * (time.perf_counter() - start)
         clean = lost_seconds() - lost <= allowed and were_ours and machine.cores_are_ours()
         return Block(spent / calls, clean)
 

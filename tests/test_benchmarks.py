@@ -115,6 +115,20 @@ def test_lost_time_and_shared_cores_spoil_a_block(lost, ours, clean, monkeypatch
     assert calls == ["before", "step"]
 
 
+@pytest.mark.parametrize(("threads", "lost", "clean"), [(1, 2, False), (2, 2, True), (2, 3, False)])
+def test_a_block_may_lose_a_hundredth_of_the_time_of_its_threads(threads, lost, clean, monkeypatch):
+    now, total = [0], iter((0, lost))
+    monkeypatch.setattr(measure, "lost_seconds", lambda: next(total))
+    monkeypatch.setattr(machine, "cores_are_ours", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def step():
+        now[0] += 100
+
+    assert measure.block(step)().clean is clean
+
+
 def test_a_block_of_several_calls_is_warmed_up(monkeypatch):
     """And their number is not that of the first call of all, which takes long."""
     monkeypatch.setattr(machine, "cores_are_ours", lambda: True)

@@ -257,7 +257,7 @@ class Overtaken:
         self.changed = threading.Condition()
 
     def arrive(self, programs, steps):
-        me = threading.get_ident()
+        me = threading.current_thread()  # an ident is used again when its thread has ended
         with self.changed:
             self.arrivals[me] = self.arrivals.get(me, 0) + 1
             self.changed.notify_all()

@@ -208,12 +208,12 @@ def check_arguments(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWei
     for w in weights:
         ih, hh, b_ih, b_hh, hr, ci, cf, co = w
         if (  # spelled out: in a loop it would be 3 % of a small cell's step
-            ih.shape != (*gates, I)
+            not hr is ci is cf is co is None
+            or P != H
+            or ih.shape != (*gates, I)
             or hh.shape != (*gates, P)
             or (b_ih is not None and b_ih.shape != gates)
             or (b_hh is not None and b_hh.shape != gates)
-            or not hr is ci is cf is co is None
-            or P != H
         ):
             _check_shapes(w, I, P, H)
         for t in w:

@@ -108,13 +108,18 @@ INLINE void product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stri
         int64_t k = start;
         auto add_terms = [&]() ALWAYS_INLINE {
 #pragma GCC unroll 4
-            for (int s = 0; s < SETS; s++)
+            for (int s = 0; s < SETS; s++) {
+                vec_of<real> b[VECS];
+#pragma GCC unroll 4
+                for (int v = 0; v < VECS; v++) {
+                    b[v] = load(panel + (k + s) * step + v * L);
+                    if constexpr (ROWS > 1) hold(b[v]);
+                }
 #pragma GCC unroll 12
                 for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-                    for (int v = 0; v < VECS; v++)
-                        part[s][r][v] +=
-                            a[r * stride_a + k + s] * load(panel + (k + s) * step + v * L);
+                    for (int v = 0; v < VECS; v++) part[s][r][v] += a[r * stride_a + k + s] * b[v];
+            }
         };
         [[maybe_unused]] const auto add_twice = [&]() ALWAYS_INLINE {
             add_terms(), k += SETS;
@@ -172,12 +177,21 @@ INLINE void add_dots(vec_of<real> (&sum)[ROWS][GATES], const real* a, int64_t st
                      const real* w, int64_t gate, int64_t K) {
     constexpr int L = Vector<real>::lanes;
     const int64_t tail = K % L;
-    for (int64_t k = 0; k < K - tail; k += L)
+    for (int64_t k = 0; k < K - tail; k += L) {
+        vec_of<real> from[ROWS];
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < ROWS; r++) {
+            from[r] = load(a + r * stride_a + k);
+            hold(from[r]);
+        }
 #pragma GCC unroll 4
-            for (int g = 0; g < GATES; g++)
-                sum[r][g] += load(a + r * stride_a + k) * load(w + g * gate + k);
+        for (int g = 0; g < GATES; g++) {
+            vec_of<real> b = load(w + g * gate + k);
+            if constexpr (ROWS > 1) hold(b);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) sum[r][g] += from[r] * b;
+        }
+    }
     if (tail == 0) return;
     for (int r = 0; r < ROWS; r++)
         for (int g = 0; g < GATES; g++)

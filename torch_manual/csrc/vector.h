@@ -79,6 +79,16 @@ INLINE vec_of<real> load(const real* p) {
     return (vec_of<real>)*(const typename Vector<real>::stored*)p;
 }
 
+// Keeps `v`, used several times, in a register: the compiler may else make each use a load of its own.
+template <typename vec>
+INLINE void hold([[maybe_unused]] vec& v) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__AVX2__)
+    __asm__("" : "+x"(v));
+#endif
+}
+
 template <typename real>
 INLINE void store(real* p, vec_of<real> v) {
     *(typename Vector<real>::stored*)p = (typename Vector<real>::stored)v;

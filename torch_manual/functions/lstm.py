@@ -30,6 +30,7 @@ from torch_manual.functions.lstm_second_order import (
     vmap_by_loop,
 )
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
+from torch_manual.kernels.rows import as_rows
 
 _SHAPES = {  # those of the peepholes are theirs to choose
     "weight_ih": "(4H, I)",
@@ -85,17 +86,19 @@ def lstm_layer(
         x, h0, c0, *flat = autocast_cast(x, h0, c0, *flat)
         weights = by_direction(flat)
     check_arguments(x, h0, c0, weights)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if recompute is not None and torch.is_grad_enabled():
-        y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(rows, h0, c0, batch_sizes, recompute, *flat)
-    elif duals := lstm_forward_mode(rows, h0, c0, batch_sizes, flat, return_cells):
+        states = h0, c0, batch_sizes, recompute
+        y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(as_rows(x), *states, *flat)
+    elif duals := lstm_forward_mode(x, h0, c0, batch_sizes, flat, return_cells):
         y, h_n, c_n, cells = duals
     elif _needs_graph(x, h0, c0, *flat):
-        y, h_n, c_n, cells, _ = _apply(rows, h0, c0, batch_sizes, *flat)
+        y, h_n, c_n, cells, _ = _apply(as_rows(x), h0, c0, batch_sizes, *flat)
     else:
         with autocast_off(x):
-            y, h_n, c_n, _, cells = lstm_forward(rows, h0, c0, batch_sizes, flat, return_cells)
-    if x.dim() == 3:
+            y, h_n, c_n, _, cells = lstm_forward(
+                as_rows(x), h0, c0, batch_sizes, flat, return_cells
+            )
+    if y.dim() < x.dim():
         y = y.view(*x.shape[:-1], y.shape[-1])
     if not return_cells:
         return y, h_n, c_n

@@ -8,15 +8,14 @@ small layer. Any other combination goes through LSTMFunction.jvp in lstm.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.kernels.lstm_dual import lstm_dual
+from torch_manual.kernels.rows import as_rows
 
 _functorch = torch._C._functorch
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
@@ -32,7 +31,7 @@ def lstm_forward_mode(
     weights: Sequence[Tensor | None],
     return_cells: bool,
 ) -> tuple[Tensor, ...] | None:
-    """Return y, h_n, c_n and cells as dual tensors (F1 to F8, R1 to R8).
+    """Return y, with the dimensions of x, h_n, c_n and cells as dual tensors (F1 to F8, R1 to R8).
 
     Without `return_cells` no cells are made, and c0 stands in their place.
 
@@ -53,9 +52,17 @@ def lstm_forward_mode(
         return None
     (x, tx), (h0, th0), (c0, tc0) = parts[:3]  # type: ignore[assignment]
     weights, tweights = zip(*parts[3:], strict=True)
-    lowered = nullcontext() if level is None else retrieve_current_functorch_interpreter().lower()
-    with torch.no_grad(), lowered, autocast_off(x):
-        out, tout = lstm_dual(tx, th0, tc0, tweights, x, h0, c0, batch_sizes, weights, return_cells)
+    transform = None if level is None else _functorch.pop_dynamic_layer_stack()
+    try:
+        with autocast_off(x):
+            rows, trows = as_rows(x), None if tx is None else as_rows(tx)
+            duals = lstm_dual(
+                trows, th0, tc0, tweights, rows, h0, c0, batch_sizes, weights, return_cells
+            )
+            out, tout = ((y.view(*x.shape[:-1], y.shape[-1]), *rest) for y, *rest in duals)
+    finally:
+        if transform is not None:
+            _functorch.push_dynamic_layer_stack(transform)
     if level is not None:
         out, tout = (tuple(_functorch._wrap_for_grad(t, level) for t in ts) for ts in (out, tout))
     dual_level = forward_ad._current_level

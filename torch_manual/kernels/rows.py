@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """Return the (N, ·) rows of a (T, B, ·) batch, or `x` if it is rows."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[slice]:
     """Return the rows of every time step, first to last."""
     if batch_sizes is None:

@@ -9,6 +9,7 @@ import torch_manual
 from cases import CASE_SAMPLES, IDS
 from test_transforms import as_function
 from torch_manual.functions import lstm as functions
+from torch_manual.functions import lstm_forward_mode
 
 lstm = torch_manual.LSTM(3, 4).double()
 
@@ -92,6 +93,23 @@ def test_shapes(size, api, no_function):
         (same,), (ty,) = api(lambda x: (module(x)[0],), (x,), (x,))
     torch.testing.assert_close(same, y)
     assert ty.shape == y.shape
+
+
+def test_an_error_leaves_the_transform_as_it_was(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(lstm_forward_mode, "lstm_dual", fail)
+    x, tx = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+
+    def sine(x):
+        with torch.no_grad(), pytest.raises(MemoryError):
+            lstm(x)
+        return x.sin()
+
+    y, ty = jvp(sine, (x,), (tx,))
+    torch.testing.assert_close(y, x.sin())
+    torch.testing.assert_close(ty, x.cos() * tx)
 
 
 def test_other_transforms_beside_it():

@@ -19,6 +19,7 @@ from torch_manual.kernels.rows import as_rows
 
 _functorch = torch._C._functorch
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
+_JVP = _functorch.TransformType.Jvp
 # Those of forward_ad but for what torch.export needs, which does not come here.
 _make_dual, _unpack_dual = torch._VF._make_dual, torch._VF._unpack_dual
 
@@ -41,10 +42,11 @@ def lstm_forward_mode(
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return None
     level = None
-    if stack := _functorch.get_interpreter_stack():
-        if len(stack) > 1 or stack[0].key() != _functorch.TransformType.Jvp:
+    if depth := _functorch.get_dynamic_layer_stack_depth():
+        top = _functorch.peek_interpreter_stack()
+        if depth > 1 or top.key() != _JVP:
             return None
-        level = stack[0].level()
+        level = top.level()
     parts = [_unpack(t, level) for t in (x, h0, c0, *weights)]
     reverse = torch.is_grad_enabled()
     tensors = [t for dual in parts for t in dual if t is not None]

@@ -136,8 +136,12 @@ def lstm_dual(
     tx, th0, tc0 = (None if t is None else t.contiguous() for t in (tx, th0, tc0))
     (N, I), (D, B, H) = x.shape, c0.shape
     T, lengths = steps(N, B, batch_sizes)
-    shapes = [(N, D * H), (D, B, H), (D, B, H), *([(D, N, H)] if return_cells else [])]
-    out, tout = (tuple([memory.empty(x, *shape) for shape in shapes]) for _ in range(2))
+
+    def results() -> tuple[Tensor, ...]:
+        made = memory.empty(x, N, D * H), torch.empty_like(h0), torch.empty_like(c0)
+        return (*made, memory.empty(x, D, N, H)) if return_cells else made
+
+    out, tout = results(), results()
     if T == 0:
         for t, given in zip((*out[1:3], *tout[1:3]), (h0, c0, th0, tc0), strict=True):
             t.zero_() if given is None else t.copy_(given)

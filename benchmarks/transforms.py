@@ -158,7 +158,7 @@ def per_sample_gradients(T: int, B: int, I: int, H: int) -> Comparison:
 
 def first_order(T: int, B: int, I: int, H: int) -> Iterator[Comparison]:
     module = torch_manual.LSTM(I, H)
-    x, tx = torch.randn(2, T, B, I)
+    x, tx = torch.randn(T, B, I), torch.randn(T, B, I)
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
 

@@ -32,9 +32,10 @@ def lstm_forward_mode(
     weights: Sequence[Tensor | None],
     return_cells: bool,
 ) -> tuple[Tensor, ...] | None:
-    """Return y, with the dimensions of x, h_n, c_n and cells as dual tensors (F1 to F8, R1 to R8).
+    """Return y, h_n, c_n and cells as dual tensors (F1 to F8, R1 to R8).
 
-    Without `return_cells` no cells are made, and c0 stands in their place.
+    y is (T, B, ·) where x is. Without `return_cells` no cells are made, and c0 stands in their
+    place.
 
     None where something else than one level of forward mode is at work: a reverse pass that may
     follow, another transform, torch.compile.

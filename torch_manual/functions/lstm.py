@@ -30,7 +30,7 @@ from torch_manual.functions.lstm_second_order import (
     vmap_by_loop,
 )
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
-from torch_manual.kernels.rows import as_rows
+from torch_manual.kernels.rows import as_before, as_rows
 
 _SHAPES = {  # those of the peepholes are theirs to choose
     "weight_ih": "(4H, I)",
@@ -87,8 +87,9 @@ def lstm_layer(
         weights = by_direction(flat)
     check_arguments(x, h0, c0, weights)
     if recompute is not None and torch.is_grad_enabled():
-        states = h0, c0, batch_sizes, recompute
-        y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(as_rows(x), *states, *flat)
+        y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(
+            as_rows(x), h0, c0, batch_sizes, recompute, *flat
+        )
     elif duals := lstm_forward_mode(x, h0, c0, batch_sizes, flat, return_cells):
         y, h_n, c_n, cells = duals
     elif _needs_graph(x, h0, c0, *flat):
@@ -98,12 +99,10 @@ def lstm_layer(
             y, h_n, c_n, _, cells = lstm_forward(
                 as_rows(x), h0, c0, batch_sizes, flat, return_cells
             )
-    if y.dim() < x.dim():
-        y = y.view(*x.shape[:-1], y.shape[-1])
+    y = as_before(y, x)
     if not return_cells:
         return y, h_n, c_n
-    cells = cells.movedim(0, 1).flatten(1)
-    return y, h_n, c_n, cells.view(*x.shape[:-1], cells.shape[-1])
+    return y, h_n, c_n, as_before(cells.movedim(0, 1).flatten(1), x)
 
 
 class LSTMFunction(PositionalFunction):

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.kernels.lstm_dual import lstm_dual
-from torch_manual.kernels.rows import as_rows
+from torch_manual.kernels.rows import as_before, as_rows
 
 _functorch = torch._C._functorch
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
@@ -62,7 +62,7 @@ def lstm_forward_mode(
             duals = lstm_dual(
                 trows, th0, tc0, tweights, rows, h0, c0, batch_sizes, weights, return_cells
             )
-            out, tout = ((y.view(*x.shape[:-1], y.shape[-1]), *rest) for y, *rest in duals)
+            out, tout = ((as_before(y, x), *rest) for y, *rest in duals)
     finally:
         if transform is not None:
             _functorch.push_dynamic_layer_stack(transform)

@@ -17,6 +17,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def as_before(rows: Tensor, x: Tensor) -> Tensor:
+    """Return what came of `as_rows(x)`, a row of each, as (T, B, ·) where `x` is."""
+    return rows if rows.dim() == x.dim() else rows.view(*x.shape[:-1], rows.shape[-1])
+
+
 def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[slice]:
     """Return the rows of every time step, first to last."""
     if batch_sizes is None:

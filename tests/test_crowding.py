@@ -42,17 +42,30 @@ def test_two_crowded_calls_in_a_row_spare_a_thread_for_a_while(clock):
     clock[0] += 0.2
     assert crowding.spared() == 0
     crowded_call(after=0.3, seconds=0.01)
-    crowded_call(after=0.3, seconds=0.01)
+    crowded_call(after=0.05, seconds=0.01)
     assert crowding.spared() == 0
+    crowded_call(after=0.03, seconds=0.01)
+    assert crowding.spared() == 1
 
 
-def test_only_threads_that_share_units_are_spared(monkeypatch):
-    monkeypatch.setattr(crowding, "spared", lambda: 1)
-    assert cpu_grid.thinned(Grid(2, 1, 4)) == Grid(2, 1, 3)
-    assert cpu_grid.thinned(Grid(1, 1, 2)) == cpu_grid.thinned(Grid()) == Grid()
-    assert cpu_grid.thinned(Grid(2, 3, 1)) == Grid(2, 3, 1)
-    with cpu_library.override(grid=Grid(1, 1, 2)):
-        assert cpu_grid.thinned(Grid(1, 1, 2)) == Grid(1, 1, 2)
+@pytest.mark.parametrize(
+    ("grid", "spared", "left"),
+    [
+        (Grid(2, 1, 4), 0, Grid(2, 1, 4)),
+        (Grid(2, 1, 4), 1, Grid(2, 1, 3, threads=6)),
+        (Grid(1, 1, 2), 1, Grid(1, 1, 1, threads=1)),
+        (Grid(2, 3, 1), 1, Grid(2, 3, 1, threads=5)),
+        (Grid(2, 1, 2), 1, Grid(2, 1, 1, threads=2)),
+        (Grid(2, 1, 2), 3, Grid(2, 1, 1, threads=1)),
+        (Grid(1, 4, 1), 9, Grid(1, 4, 1, threads=1)),
+    ],
+)
+def test_threads_are_spared(monkeypatch, grid, spared, left):
+    """Of those that share units first; then a thread takes on the places of several."""
+    monkeypatch.setattr(crowding, "spared", lambda: spared)
+    assert cpu_grid.thinned(grid) == left
+    with cpu_library.override(grid=grid):
+        assert cpu_grid.thinned(grid) == grid
 
 
 def passes(p, grid):
@@ -73,6 +86,18 @@ def test_bits_do_not_depend_on_who_has_which_units(instruction_set, name):
                 assert all(map(torch.equal, results, alone)), (sizes, dtype)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_bits_do_not_depend_on_who_has_which_sequences(instruction_set, name):
+    D = CLASSES[name].get("D", 1)
+    for sizes in ((4, 5, 9, 100), (3, 13, 5, 40), (6, 3, 5, 17)):
+        p = problem(*sizes, **CLASSES[name]).to(torch.float32)
+        with cpu_library.override(instruction_set=instruction_set):
+            each, *several = (passes(p, Grid(D, 3, 1, n)) for n in (0, 1, 2))
+        for results in several:
+            assert all(map(torch.equal, results, each)), sizes
+
+
 @pytest.mark.parametrize("instruction_set", BUILT)
 @pytest.mark.parametrize(("I", "H"), [(40, 400), (300, 300)])
 def test_bits_do_not_depend_on_where_the_input_part_is_made(instruction_set, I, H):
@@ -82,12 +107,13 @@ def test_bits_do_not_depend_on_where_the_input_part_is_made(instruction_set, I, 
         assert all(map(torch.equal, passes(p, Grid(1, 1, 1)), passes(p, Grid(1, 1, 2))))
 
 
+@pytest.mark.parametrize("grid", [Grid(), Grid(1, 3, 1)])
 @pytest.mark.parametrize("name", ["dense", "bidirectional", "packed", "diagonal"])
 @pytest.mark.parametrize("instruction_set", BUILT)
-def test_threads_take_on_the_shares_of_those_spared(monkeypatch, instruction_set, name):
+def test_threads_take_on_the_shares_of_those_spared(monkeypatch, instruction_set, name, grid):
     monkeypatch.setattr(cpu_gradients, "chunk_rows", lambda *_: 9)
     monkeypatch.setattr(cpu_grid, "threads", lambda _: 4)
-    monkeypatch.setattr(cpu_grid, "grid", lambda *_, **__: Grid())
+    monkeypatch.setattr(cpu_grid, "grid", lambda *_, **__: grid)
     for sizes in ((7, 5, 9, 50), (5, 3, 20, 17)):
         p = problem(*sizes, **CLASSES[name]).to(torch.float32)
         needs = True, True, True, *(w is not None for w in p.weights)
@@ -107,24 +133,26 @@ def test_threads_take_on_the_shares_of_those_spared(monkeypatch, instruction_set
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process on one core"
 )
-def test_two_threads_on_one_core_notice():
-    """They would take turns at every step. Soon there is one; and again two when asked later."""
+@pytest.mark.parametrize(("T", "B", "shared"), [(1000, 1, "units"), (500, 16, "batches")])
+def test_two_threads_on_one_core_notice(T, B, shared):
+    """They would take turns. Soon there is one; and again two when asked later."""
     script = """
-import os
+import os, sys
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import torch, torch_manual
 from torch_manual.kernels import cpu_grid, cpu_library, crowding
 torch.set_num_threads(2)
-layer, x = torch_manual.LSTM(64, 64), torch.randn(1000, 1, 64)
+T, B, two = int(sys.argv[1]), int(sys.argv[2]), cpu_library.Grid(**{sys.argv[3]: 2})
+layer, x = torch_manual.LSTM(64, 64), torch.randn(T, B, 64)
 def grid():
-    return cpu_grid.grid(1000, 1, 1000 * 4 * 64 * 128, 64, 1)
-assert grid() == cpu_library.Grid(1, 1, 2) == cpu_grid.thinned(grid())
+    return cpu_grid.thinned(cpu_grid.grid(T, B, T * B * 4 * 64 * 128, 64, 1))
+assert grid() == two
 with torch.no_grad():
     expected = layer(x)[0]
-    for _ in range(3):
+    for _ in range(10):
         assert torch.equal(layer(x)[0], expected)
-assert cpu_grid.thinned(grid()) == cpu_library.Grid()
+assert grid().threads == 1
 crowding._until = 0.0
-assert cpu_grid.thinned(grid()) == cpu_library.Grid(1, 1, 2)
+assert grid() == two
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script, str(T), str(B), shared], check=True)

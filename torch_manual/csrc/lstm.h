@@ -30,7 +30,7 @@ struct Sizes {
     int64_t T, B, I, H, P, D;
     int64_t full_peepholes;      // 1: weight_ci, weight_cf, weight_co are (H, H)
     int64_t reverse;             // 1: the first direction, then the only one, runs in reverse
-    Grid grid;                   // the threads to use
+    Grid grid;                   // how threads share it
     const int64_t* batch_sizes;  // (T,) falling, first B; or null: every step has B rows
 };
 
@@ -223,12 +223,24 @@ struct Role {
     Range directions;
 };
 
-// The role of a thread of the grid, which has a barrier for every direction and part of the batch.
-inline Role role_in(const Grid& grid, int64_t thread, const Rows& rows, Barrier* barriers) {
-    const Place at = place_in(grid, thread);
+// The role at a place of the grid, which has a barrier for every direction and part of the batch.
+inline Role role_in(const Grid& grid, int64_t place, const Rows& rows, Barrier* barriers) {
+    const Place at = place_in(grid, place);
     return {{rows.share_sequences(at.batch, grid.batches), at.unit, grid.units,
              &barriers[at.direction * grid.batches + at.batch]},
             at.batch, share(rows.sizes->D, at.direction, grid.directions)};
+}
+
+// Calls work(role, direction) for every role of a thread of `threads`, in each of its directions.
+template <typename Work>
+void for_roles(const Grid& given, int64_t thread, int64_t threads, const Rows& rows, Barrier* barriers,
+               const Work& work) {
+    const Grid grid = given.among(threads);
+    const Range places = grid.places(thread, threads);
+    for (int64_t k = places.begin; k < places.end; k++) {
+        const Role role = role_in(grid, k, rows, barriers);
+        for (int64_t d = role.directions.begin; d < role.directions.end; d++) work(role, d);
+    }
 }
 
 inline void set_barriers(Barrier* barriers, const Grid& grid) {
@@ -239,13 +251,20 @@ inline void set_barriers(Barrier* barriers, const Grid& grid) {
 // What a call returns.
 enum Outcome { DONE, NO_MEMORY, CROWDED };
 
-// CROWDED if threads that meet at every step waited for one without a core in two fifths of the time
-// since `start` or more, else DONE.
-inline Outcome outcome_of(const Barrier* barriers, const Grid& grid, int64_t start) {
+// CROWDED if threads waited for one without a core in two fifths of the time since `start` or more,
+// else DONE: those that meet at every step, or those that have done as much of the work, which `waited`
+// for it, longer than it takes to wake one.
+inline Outcome outcome_of(const Barrier* barriers, const Grid& grid, int64_t waited, int64_t start) {
+    constexpr int64_t to_wake = 500000;
     const int64_t enough = (nanoseconds() - start) * 2 / 5;
     for (int64_t k = 0; k < grid.directions * grid.batches; k++)
         if (barriers[k].lost() > enough) return CROWDED;
-    return DONE;
+    return waited > enough && waited > to_wake ? CROWDED : DONE;
+}
+
+// Whether the threads that share so many places have about as much to do.
+inline bool alike(const Sizes& sizes, int64_t places, int64_t threads) {
+    return !sizes.batch_sizes && places % threads == 0;
 }
 
 // Runs both directions of a Forward or Backward pass on the grid. `Pass` has plan(), start(), prepare(),
@@ -268,14 +287,16 @@ Outcome run_layer(const Arguments& a) {
     rows.fill();
     for (int64_t d = 0; d < sizes.D; d++) directions[d].start();
     set_barriers(barriers, sizes.grid);
-    run_on(sizes.grid, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
-        for (int64_t d = 0; d < sizes.D; d++) directions[d].prepare(thread, grid.size());
+    const int64_t wanted = sizes.grid.wanted();
+    const int64_t waited = run_on(wanted, [&](int64_t thread, int64_t threads, Barrier& everyone) {
+        for (int64_t d = 0; d < sizes.D; d++) directions[d].prepare(thread, threads);
         everyone.wait();
-        const Role role = role_in(grid, thread, rows, barriers);
-        for (int64_t d = role.directions.begin; d < role.directions.end; d++)
+        for_roles(sizes.grid, thread, threads, rows, barriers, [&](const Role& role, int64_t d) {
             directions[d].run(role.part, role.batch);
+        });
     });
-    return outcome_of(barriers, sizes.grid, begun);
+    const bool comparable = alike(sizes, sizes.grid.size(), wanted);
+    return outcome_of(barriers, sizes.grid, comparable ? waited : 0, begun);
 }
 
 }  // namespace

@@ -44,6 +44,7 @@ struct Gradients {
 
     const GradientsArguments<real>& args;
     const Sizes& sizes;
+    const Grid again;                  // of the forward pass, if it is run again
     const int64_t T, B, H, D, shares;  // of the sums
     BackwardArguments<real> backward_args;
     ForwardArguments<real> forward_args;
@@ -61,8 +62,9 @@ struct Gradients {
     real *gates[2], *cells[2];  // of a segment, with `recompute`
 
     Gradients(const GradientsArguments<real>& a)
-        : args(a), sizes(a.sizes), T(sizes.T), B(sizes.B), H(sizes.H), D(sizes.D),
-          shares(a.threads > grid_size() ? a.threads : grid_size()) {
+        : args(a), sizes(a.sizes), again(a.recompute ? a.forward_grid : sizes.grid), T(sizes.T),
+          B(sizes.B), H(sizes.H), D(sizes.D),
+          shares(most(a.threads, most(sizes.grid.size(), again.size()))) {
         backward_args = {sizes,  a.dy, a.stride_dy, a.dh_n, a.dc_n,  a.dcells, a.c0, a.gates,
                          a.cells, a.dpre, a.dh,  a.dh0,  a.dc0, {a.weights[0], a.weights[1]}};
         Sizes again = sizes;
@@ -85,14 +87,14 @@ struct Gradients {
         peephole_args.stride_dpre = stride_dpre;
     }
 
-    int64_t grid_size() const {
-        const int64_t again = args.recompute ? args.forward_grid.size() : 1;
-        return sizes.grid.size() > again ? sizes.grid.size() : again;
+    int64_t threads() const {
+        return most(shares - args.spared, most(sizes.grid.wanted(), again.wanted()));
     }
 
-    int64_t threads() const {
-        const int64_t left = shares - args.spared;
-        return left > grid_size() ? left : grid_size();
+    // Whether all threads have about as much to do before they meet.
+    bool comparable() const {
+        const int64_t n = threads();
+        return alike(sizes, shares, n) && alike(sizes, sizes.grid.size(), n) && alike(sizes, again.size(), n);
     }
 
     void plan(Workspace& workspace) {
@@ -123,11 +125,6 @@ struct Gradients {
         set_barriers(of_backward, sizes.grid), set_barriers(of_forward, args.forward_grid);
     }
 
-    // None for a thread beyond the grid, which takes part in the sums only.
-    Role role(const Grid& grid, int64_t thread, Barrier* barriers) const {
-        return thread < grid.size() ? role_in(grid, thread, rows, barriers) : Role{{}, 0, {0, 0}};
-    }
-
     void run(int64_t thread, int64_t threads, Barrier& everyone) {
         if (args.dx) input.prepare(thread, threads);
         for (int64_t d = 0; d < D; d++) {
@@ -135,22 +132,21 @@ struct Gradients {
             if (args.recompute) forward[d].prepare(thread, threads);
         }
         everyone.wait();
-        const bool alone = threads == 1;  // also where OpenMP grants fewer threads than asked for
-        const Role back = role(alone ? Grid{1, 1, 1} : sizes.grid, thread, of_backward);
-        const Role again = role(alone ? Grid{1, 1, 1} : args.forward_grid, thread, of_forward);
         for (int64_t turn = 0; turn < segments.n_chunks; turn++) {
             if (args.recompute) {
                 bool enters = false;
                 for (int64_t d = 0; d < D; d++) enters = enters || enters_segment(d, turn);
                 if (enters) everyone.wait();
-                for (int64_t d = again.directions.begin; d < again.directions.end; d++)
-                    if (enters_segment(d, turn)) run_again(again, d, turn);
+                for_roles(again, thread, threads, rows, of_forward,
+                          [&](const Role& role, int64_t d) {
+                              if (enters_segment(d, turn)) run_again(role, d, turn);
+                          });
                 if (enters) everyone.wait();
             }
-            for (int64_t d = back.directions.begin; d < back.directions.end; d++) {
+            for_roles(sizes.grid, thread, threads, rows, of_backward, [&](const Role& role, int64_t d) {
                 const Range steps = chunk(d, turn);
-                pass(d, turn).run_steps(back.part, steps.begin, steps.end);
-            }
+                pass(d, turn).run_steps(role.part, steps.begin, steps.end);
+            });
             everyone.wait();
             const Range mine = share(shares, thread, threads);
             for (int64_t k = mine.begin; k < mine.end; k++)
@@ -285,10 +281,11 @@ Outcome run_gradients(const GradientsArguments<real>& a) {
     if (!workspace.allocate()) return NO_MEMORY;
     gradients.plan(workspace);
     gradients.start();
-    run_on(Grid{1, 1, gradients.threads()}, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
-        gradients.run(thread, grid.size(), everyone);
-    });
-    return outcome_of(gradients.of_backward, a.sizes.grid, begun);
+    const int64_t waited =
+        run_on(gradients.threads(), [&](int64_t thread, int64_t threads, Barrier& everyone) {
+            gradients.run(thread, threads, everyone);
+        });
+    return outcome_of(gradients.of_backward, a.sizes.grid, gradients.comparable() ? waited : 0, begun);
 }
 
 }  // namespace

@@ -392,8 +392,8 @@ Range share_units(int64_t H, int64_t thread, int64_t threads) {
 template <typename real>
 Outcome run_peephole_sums(const PeepholeSumsArguments<real>& a) {
     constexpr int64_t depth = WeightSums<real>::depth;
-    run_on(Grid{1, 1, a.threads}, [&](int64_t thread, const Grid& grid, Barrier&) {
-        const Range mine = share_units<real>(a.H, thread, grid.size());
+    run_on(a.threads, [&](int64_t thread, int64_t threads, Barrier&) {
+        const Range mine = share_units<real>(a.H, thread, threads);
         const real *c_prev[depth], *c[depth];
         for (int64_t n = 0; n < a.N; n += depth) {
             const int64_t count = least(depth, a.N - n);
@@ -412,10 +412,10 @@ Outcome run_sums(const Arguments& a) {
     sums.plan(workspace, a);
     if (!workspace.allocate()) return NO_MEMORY;
     sums.plan(workspace, a);
-    run_on(Grid{1, 1, a.threads}, [&](int64_t thread, const Grid& grid, Barrier& everyone) {
-        sums.prepare(thread, grid.size());
+    run_on(a.threads, [&](int64_t thread, int64_t threads, Barrier& everyone) {
+        sums.prepare(thread, threads);
         everyone.wait();
-        sums.run(thread, grid.size());
+        sums.run(thread, threads);
     });
     return DONE;
 }

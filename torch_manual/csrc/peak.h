@@ -15,7 +15,7 @@ int64_t multiply_add(int64_t threads, int64_t repeats) {
 #else
     constexpr int sums = 12;
 #endif
-    run_on(Grid{1, 1, threads}, [&](int64_t, const Grid&, Barrier& everyone) {
+    run_on(threads, [&](int64_t, int64_t, Barrier& everyone) {
         volatile real unknown = 0;  // else the compiler sees that all sums are one
         vec_of<real> sum[sums], half = broadcast<real>((real)0.5);
         for (int s = 0; s < sums; s++) sum[s] = broadcast<real>(unknown);

@@ -28,6 +28,7 @@ constexpr int64_t longest_sum = 256;
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename vec, int ROWS, int VECS>
 INLINE void clear(vec (&sum)[ROWS][VECS]) {

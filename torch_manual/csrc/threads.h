@@ -71,23 +71,6 @@ class Barrier {
     alignas(128) int64_t lost_by_all = 0;
 };
 
-// The threads of a call stand in a grid: directions × batch parts × unit parts. Threads that differ
-// only in their units work on the same rows, and meet at a barrier; the others never wait.
-struct Grid {
-    int64_t directions, batches, units;
-
-    int64_t size() const { return directions * batches * units; }
-};
-
-struct Place {
-    int64_t direction, batch, unit;
-};
-
-inline Place place_in(const Grid& grid, int64_t thread) {
-    return {thread / (grid.batches * grid.units), thread / grid.units % grid.batches,
-            thread % grid.units};
-}
-
 // Share number `index` of [0, n), divided into `parts`.
 struct Range {
     int64_t begin, end;
@@ -95,6 +78,34 @@ struct Range {
 
 inline Range share(int64_t n, int64_t index, int64_t parts) {
     return {n * index / parts, n * (index + 1) / parts};
+}
+
+// The places of a call stand in a grid: directions × batch parts × unit parts. Threads at places that
+// differ only in their units work on the same rows, and meet at a barrier; the others never wait.
+struct Grid {
+    int64_t directions, batches, units;
+    int64_t threads;  // 0: one for each place; or, where units is 1, fewer
+
+    int64_t size() const { return directions * batches * units; }
+    int64_t wanted() const { return threads ? threads : size(); }
+
+    // The grid for so many threads: where there are fewer than places, none shares units.
+    Grid among(int64_t n) const { return n < size() ? Grid{directions, batches, 1, n} : *this; }
+
+    // The places that a thread of `n` goes to, one after the other.
+    Range places(int64_t thread, int64_t n) const {
+        if (n < size()) return share(size(), thread, n);
+        return thread < size() ? Range{thread, thread + 1} : Range{0, 0};
+    }
+};
+
+struct Place {
+    int64_t direction, batch, unit;
+};
+
+inline Place place_in(const Grid& grid, int64_t place) {
+    return {place / (grid.batches * grid.units), place / grid.units % grid.batches,
+            place % grid.units};
 }
 
 // While it lives, its thread takes numbers too small for a whole mantissa as zeros. Gradients decay to
@@ -113,32 +124,37 @@ class NoDenormals {
 #endif
 };
 
-// Calls work(thread, grid, everyone) on every thread of the grid, where everyone.wait() is a
-// barrier among all of them. One thread does it all where OpenMP grants fewer than asked for.
+// Calls work(thread, threads, everyone) on so many threads, where everyone.wait() is a barrier among
+// all of them. One thread does it all where OpenMP grants fewer than asked for. Returns for how many
+// nanoseconds they waited for one another, as a mean over those that can wait: at everyone.wait(), in
+// waits so long that they left their cores, and in the end.
 template <typename Work>
-void run_on(const Grid& grid, const Work& work) {
-    const auto run = [&](int64_t thread, const Grid& granted_grid, Barrier& everyone) {
+int64_t run_on(int64_t threads, const Work& work) {
+    const auto run = [&](int64_t thread, int64_t granted, Barrier& everyone) {
         const NoDenormals here;
-        work(thread, granted_grid, everyone);
+        work(thread, granted, everyone);
     };
 #if defined(_OPENMP)
-    const int wanted = (int)grid.size();
-    if (wanted > 1) {
+    if (threads > 1) {
         bool granted = true;
-        Barrier everyone(wanted);
-#pragma omp parallel num_threads(wanted)
+        int64_t sum = 0, last = 0;
+        const int64_t begun = nanoseconds();
+        Barrier everyone((int)threads);
+#pragma omp parallel num_threads((int)threads) reduction(+ : sum) reduction(max : last)
         {
-            if (omp_get_num_threads() == wanted)
-                run(omp_get_thread_num(), grid, everyone);
-            else
+            if (omp_get_num_threads() == threads) {
+                run(omp_get_thread_num(), threads, everyone);
+                sum = last = nanoseconds() - begun;
+            } else
 #pragma omp single
                 granted = false;
         }
-        if (granted) return;
+        if (granted) return everyone.lost() + (threads * last - sum) / (threads - 1);
     }
 #endif
     Barrier alone(1);
-    run(0, Grid{1, 1, 1}, alone);
+    run(0, 1, alone);
+    return 0;
 }
 
 // Memory borrowed for one call. The same sequence of take() runs twice: first to add up the sizes,

@@ -16,9 +16,10 @@ from torch_manual.kernels.cpu_library import HALF
 
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
-# Sizes take twelve words; then come three more and ten pointers, or eleven pointers and a stride.
-FORWARD_WORDS = 12 + 13 + 2 * _WEIGHTS
-BACKWARD_WORDS = 12 + 12 + 2 * _WEIGHTS
+# Sizes take so many words; then come three more and ten pointers, or eleven pointers and a stride.
+SIZES_WORDS = 13
+FORWARD_WORDS = SIZES_WORDS + 13 + 2 * _WEIGHTS
+BACKWARD_WORDS = SIZES_WORDS + 12 + 2 * _WEIGHTS
 _forward_arguments = struct.Struct(f"{FORWARD_WORDS}q").pack
 _dual_arguments = struct.Struct(f"{FORWARD_WORDS + 7 + 2 * _WEIGHTS}q").pack
 _backward_arguments = struct.Struct(f"{BACKWARD_WORDS}q").pack

@@ -22,7 +22,7 @@ SMALL = 256  # units: beyond, the weights that a chunk's sums read leave no cach
 _N_WEIGHTS = len(LSTMWeights._fields)
 _WEIGHT_HR = LSTMWeights._fields.index("weight_hr")
 _NOTHING = (0,) * _N_WEIGHTS
-_arguments = struct.Struct(f"{12 + 3 + 6 + 17 + 4 * _N_WEIGHTS}q").pack
+_arguments = struct.Struct(f"{cpu.SIZES_WORDS + 4 + 6 + 17 + 4 * _N_WEIGHTS}q").pack
 
 
 def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) -> bool:

@@ -45,10 +45,17 @@ def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> G
 
 
 def thinned(grid: Grid) -> Grid:
-    """`grid`, or fewer threads that share units while these would wait for a core."""
-    if grid.units == 1 or cpu_library.chosen.grid:
+    """`grid`, or fewer threads for it while these would wait for a core.
+
+    Their sums are the same: none is shared, and a thread takes on whole places of others.
+    """
+    spared = crowding.spared()
+    if not spared or cpu_library.chosen.grid:
         return grid
-    return grid._replace(units=max(1, grid.units - crowding.spared()))
+    parts = grid.directions * grid.batches
+    left = max(1, parts * grid.units - spared)
+    units = max(1, left // parts)
+    return Grid(grid.directions, grid.batches, units, min(left, parts * units))
 
 
 def _least_units(size: int, rows: int, H: int, backward: bool) -> int:
@@ -72,7 +79,7 @@ def _least_units(size: int, rows: int, H: int, backward: bool) -> int:
 def threads(work: int) -> int:
     """How many threads may share so many multiplications."""
     if cpu_library.chosen.grid:
-        return math.prod(cpu_library.chosen.grid)
+        return math.prod(cpu_library.chosen.grid[:3])
     if work < _WORTH_A_THREAD:
         return 1
     return torch.get_num_threads()

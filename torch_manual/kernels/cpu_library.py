@@ -42,11 +42,15 @@ _FUNCTIONS = (
 
 
 class Grid(NamedTuple):
-    """How many threads share the directions, the sequences and the hidden units of one call."""
+    """How many threads share the directions, the sequences and the hidden units of one call.
+
+    `threads`: so few do it all, the places of several each, where none share units; 0: all.
+    """
 
     directions: int = 1
     batches: int = 1
     units: int = 1
+    threads: int = 0
 
 
 class _Chosen(NamedTuple):

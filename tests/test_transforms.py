@@ -55,10 +55,19 @@ def test_second_order(case, sample):
     assert torch.autograd.gradgradcheck(f, args, check_fwd_over_rev=True, fast_mode=True)
 
 
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.id in CLASSES], ids=lambda s: s.id)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_batched_gradients(case):
-    f, args = as_function(case, SMALL)
-    assert torch.autograd.gradcheck(f, args, check_batched_grad=True, fast_mode=True)
+def test_batched_gradients(case, sample):
+    f, args = as_function(case, sample)
+    assert torch.autograd.gradcheck(
+        f,
+        args,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+        fast_mode=True,
+    )
+    assert torch.autograd.gradgradcheck(f, args, check_batched_grad=True, fast_mode=True)
 
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if not s.lengths], ids=lambda s: s.id)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.nn import Parameter
 
 
@@ -16,24 +17,61 @@ class PositionalFunction(torch.autograd.Function):
     """An `autograd.Function` whose `apply` takes positional arguments, all of them.
 
     Binding arguments to a signature takes a tenth of the time of training a small layer for one
-    step.
+    step. Under autograd's own vmap (`is_grads_batched`, `vectorize`), which would lose the graph of
+    an `autograd.Function` without a word, one sample goes through it after the other.
     """
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active() or _any_wrapped(args):
+        if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
+        for t in args:
+            if t is None or type(t) is Parameter or not isinstance(t, Tensor):
+                continue
+            if is_functorch_wrapped_tensor(t):  # its transform is over: `Function.apply` unwraps it
+                return super().apply(*args)
+            if is_legacy_batchedtensor(t):
+                return _sample_by_sample(cls.apply, args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-def _any_wrapped(arguments: tuple[Any, ...]) -> bool:
-    """Whether any comes from a transform; after that is over, `Function.apply` unwraps it."""
-    for t in arguments:
-        if t is None or type(t) is Parameter:
-            continue
-        if isinstance(t, Tensor) and is_functorch_wrapped_tensor(t):
-            return True
-    return False
+def _sample_by_sample(function: Callable, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """`function` of every sample of `args` that autograd's own vmap has batched."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level != 1:
+        raise RuntimeError(
+            "lstm: batched gradients within batched gradients (is_grads_batched, vectorize=True) "
+            "are not supported; torch.func.vmap nests"
+        )
+    samples = [
+        torch._remove_batch_dim(a, level, 1, 0).unbind()
+        if isinstance(a, Tensor) and is_legacy_batchedtensor(a)
+        else itertools.repeat(a)
+        for a in args
+    ]
+    each = zip(*(function(*sample) for sample in zip(*samples, strict=False)), strict=True)
+    return tuple(
+        None if ts[0] is None else torch._add_batch_dim(torch.stack(ts), 0, level) for ts in each
+    )
+
+
+def wanted_by_engine(ctx: Any, are_tensors: Sequence[bool]) -> list[bool]:
+    """`ctx.needs_input_grad` without what the backward pass at work was not asked for.
+
+    Args:
+        are_tensors: which of the inputs of `forward` are.
+    """
+    nodes = iter(ctx.next_functions)  # of the tensors
+    each = [next(nodes)[0] if is_tensor else None for is_tensor in are_tensors]
+    return [node is not None and _will_run(node) for node in each]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it says so of a leaf whose gradient is asked for
+        return True
 
 
 def keep_signature(forward: Callable) -> Callable:

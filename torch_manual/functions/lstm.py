@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
@@ -174,7 +175,11 @@ def gradients_of(
         return (None,) * len(needs)
     if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         gradients = lstm_gradients_op(needs, outer, Primal.of(saved))
-    elif torch.is_grad_enabled():
+    elif (
+        torch.is_grad_enabled()
+        or transforms_are_active()
+        or any(map(_is_wrapped, (*outer, Primal.of(saved).y)))
+    ):
         gradients = LSTMGradientFunction.apply(needs, *outer, *saved)
     else:
         gradients = lstm_gradients(needs, outer, Primal.of(saved), keep_dpre=False)
@@ -191,6 +196,11 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
     if transforms_are_active():
         return True
     return torch.is_grad_enabled() and any_requires_grad(*tensors)
+
+
+def _is_wrapped(t: Tensor | None) -> bool:
+    """Whether it comes from a transform, be it over, or from autograd's own vmap."""
+    return t is not None and (is_functorch_wrapped_tensor(t) or is_legacy_batchedtensor(t))
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -87,7 +87,8 @@ class LSTMCellFunction(PositionalFunction):
         x, h, c, gates, cells, *weights = ctx.saved_tensors
         y = h  # of its shape: no step comes after that would look at y
         others = dh, dc, h, c, gates, cells
-        if not torch.is_grad_enabled() and cpu_gradients.serves(x, weights, *others):
+        alone = not torch.is_grad_enabled() and not transforms_are_active()
+        if alone and cpu_gradients.serves(x, weights, *others):
             sums = _sums_of_loop(ctx.of_loop, needs[3:])
             if sums is not None:
                 needs = (*needs[:3], *(False,) * len(weights))

@@ -19,6 +19,7 @@ from torch_manual.kernels.rows import as_before, as_rows
 
 _functorch = torch._C._functorch
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
+_is_batched = _functorch.is_legacy_batchedtensor
 _JVP = _functorch.TransformType.Jvp
 # Those of forward_ad but for what torch.export needs, which does not come here.
 _make_dual, _unpack_dual = torch._VF._make_dual, torch._VF._unpack_dual
@@ -38,7 +39,7 @@ def lstm_forward_mode(
     place.
 
     None where something else than one level of forward mode is at work: a reverse pass that may
-    follow, another transform, torch.compile.
+    follow, another transform, a batch of tangents, torch.compile.
     """
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return None
@@ -51,7 +52,7 @@ def lstm_forward_mode(
     parts = [_unpack(t, level) for t in (x, h0, c0, *weights)]
     reverse = torch.is_grad_enabled()
     tensors = [t for dual in parts for t in dual if t is not None]
-    if any((reverse and t.requires_grad) or _is_wrapped(t) for t in tensors):
+    if any((reverse and t.requires_grad) or _is_wrapped(t) or _is_batched(t) for t in tensors):
         return None
     (x, tx), (h0, th0), (c0, tc0) = parts[:3]  # type: ignore[assignment]
     weights, tweights = zip(*parts[3:], strict=True)

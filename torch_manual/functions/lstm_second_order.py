@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_manual.functions._function import PositionalFunction, keep_signature
+from torch_manual.functions._function import PositionalFunction, keep_signature, wanted_by_engine
 from torch_manual.functions.lstm_gradients import (
     Primal,
     Tensors,
@@ -123,24 +123,43 @@ class LSTMTangentFunction(PositionalFunction):
 
 
 class LSTMSecondFunction(PositionalFunction):
-    """R{Jᵀ d} along u, the end of the line: its own derivative would be of third order."""
+    """R{Jᵀ d} along u: the Hessian of <d, outputs> times u, and Jᵀ times the tangent of d.
+
+    Linear in both, and the Hessian is its own transpose: these derivatives are more of the same.
+    The end of the line are those with respect to the inputs and d, which would be of third order.
+    """
 
     @staticmethod
     @keep_signature
     def forward(needs: Sequence[bool], *tensors: Any) -> tuple[Tensor | None, ...]:
         dpre, dh, ty, tgates, tcells, *rest = tensors
-        outer, touter, (u, primal) = rest[:4], rest[4:8], _halves(rest[8:])
+        outer, touter, (u, primal) = _parts(rest)
         return lstm_gradient_tangents(
             needs, outer, touter, u, Primal.of(primal), ty, tgates, tcells, dpre, dh
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
+        _, dpre, dh, _, _, _, *rest = inputs
+        outer, _, (_, primal) = _parts(rest)
+        ctx.are_tensors = [isinstance(t, Tensor) for t in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dpre, dh, *outer, *primal)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("lstm: derivatives of third order are not supported")
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = wanted_by_engine(ctx, ctx.are_tensors)
+        outer_wanted, touter_wanted, (u_wanted, primal_wanted) = _parts(wanted[6:])
+        if any(outer_wanted) or any(primal_wanted):
+            raise RuntimeError("lstm: derivatives of third order are not supported")
+        dpre, dh, *tensors = ctx.saved_tensors
+        outer, primal = tensors[:4], tensors[4:]
+        of_primal = *u_wanted[:3], *(False,) * 4, *u_wanted[3:]
+        dtouter, dprimal = _second(of_primal, outer, cotangents, primal, dpre, dh)
+        dtouter = [d if w else None for d, w in zip(dtouter, touter_wanted, strict=True)]
+        du = *dprimal[:3], *dprimal[7:]
+        # ty, tgates and tcells are of u, too: what goes through them is in du.
+        return *(None,) * 10, *dtouter, *du, *(None,) * len(primal)
 
     @staticmethod
     def jvp(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -171,6 +190,11 @@ def _second(
 def _is_tracked(t: Tensor) -> bool:
     """Whether another transform looks at `t`, to which an op would be opaque."""
     return t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _parts(rest: Sequence) -> tuple[Sequence, Sequence, tuple[Sequence, Sequence]]:
+    """Split outer and its tangents, four each, from u and primal."""
+    return rest[:4], rest[4:8], _halves(rest[8:])
 
 
 def _halves(tensors: Sequence) -> tuple[Sequence, Sequence]:

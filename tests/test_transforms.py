@@ -1,5 +1,6 @@
 """Second order, forward mode, vmap, per-sample gradients, torch.func, compile and export."""
 
+import io
 import subprocess
 import sys
 
@@ -366,6 +367,36 @@ def test_export_with_dynamic_length():
     for n in (3, 11):
         x = torch.randn(n, 2, 3)
         torch.testing.assert_close(exported.module()(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "kwargs"),
+    [
+        (torch_manual.LSTM, {"num_layers": 2, "bidirectional": True, "proj_size": 2}),
+        (torch_manual.LSTM, {"recompute": 2}),
+        (torch_manual.PeepholeLSTM, {"return_cells": True}),
+        (torch_manual.LSTMCell, {}),
+    ],
+)
+def test_exported_modules_train(cls, kwargs, strict):
+    """Loaded, decomposed or compiled as well, with the eager gradients to the bit."""
+    module = cls(3, 4, **kwargs)
+    shape = (3,) if cls is torch_manual.LSTMCell else (2, 3)
+    n = torch.export.Dim("n", min=2, max=100)
+    example = torch.randn(5, *shape)
+    exported = torch.export.export(module, (example,), dynamic_shapes=({0: n},), strict=strict)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    loaded = torch.export.load(io.BytesIO(file.getvalue()))
+    x = torch.randn(7, *shape)
+    expected = torch.autograd.grad(module(x)[0].square().sum(), [*module.parameters()])
+    for program in (loaded, exported.run_decompositions(), exported):
+        for backend in ("eager", "aot_eager"):
+            trained = torch.compile(program.module(), backend=backend, dynamic=True)
+            torch.testing.assert_close(trained(x), module(x), rtol=0, atol=0)
+            found = torch.autograd.grad(trained(x)[0].square().sum(), [*trained.parameters()])
+            assert all(map(torch.equal, found, expected))
 
 
 def test_saved_tensors_hooks():

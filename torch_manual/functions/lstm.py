@@ -87,7 +87,10 @@ def lstm_layer(
         x, h0, c0, *flat = autocast_cast(x, h0, c0, *flat)
         weights = by_direction(flat)
     check_arguments(x, h0, c0, weights)
-    if recompute is not None and torch.is_grad_enabled():
+    if torch.compiler.is_exporting():
+        op = torch.ops.torch_manual.lstm_layer.default
+        y, h_n, c_n, cells = op(as_rows(x), h0, c0, batch_sizes, flat, return_cells)
+    elif recompute is not None and torch.is_grad_enabled():
         y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(
             as_rows(x), h0, c0, batch_sizes, recompute, *flat
         )
@@ -255,3 +258,44 @@ def _refuse(x: Tensor, other: Tensor, kind: str) -> NoReturn:
         f"Input and {kind} tensors are not the same dtype, "
         f"found input tensor with {x.dtype} and {kind} tensor with {other.dtype}"
     )
+
+
+# What exported graphs hold. The op of a compiled graph's forward pass, torch_manual::lstm_forward,
+# has no gradient: there the graph of the backward pass stands beside it.
+
+
+def _exported(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    return_cells: bool,
+) -> tuple[Tensor, ...]:
+    y, h_n, c_n, _, cells = lstm_forward(x, h0, c0, batch_sizes, weights, return_cells)
+    return y, h_n, c_n, cells
+
+
+def _exported_with_gradients(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    return_cells: bool,
+) -> tuple[Tensor, ...]:
+    if not _needs_graph(x, h0, c0, *weights):
+        with torch._C._AutoDispatchBelowAutograd():
+            op = torch.ops.torch_manual.lstm_layer.default
+            return op(x, h0, c0, batch_sizes, weights, return_cells)
+    y, h_n, c_n, cells, _ = LSTMFunction.apply(x, h0, c0, batch_sizes, *weights)
+    return y, h_n, c_n, cells if return_cells else x.new_empty(0)
+
+
+torch.library.define(
+    "torch_manual::lstm_layer",
+    "(Tensor x, Tensor h0, Tensor c0, Tensor? batch_sizes, Tensor?[] weights, bool return_cells)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells)",
+)
+torch.library.impl("torch_manual::lstm_layer", "default", _exported)
+torch.library.impl("torch_manual::lstm_layer", "Autograd", _exported_with_gradients)

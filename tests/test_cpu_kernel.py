@@ -211,6 +211,56 @@ def test_nan_and_inf_go_where_they_go_in_stock(bad):
             torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5, msg=where)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("huge", [float("inf"), 1e30])
+def test_closed_gates_pass_nothing_on(huge, dtype):
+    """A gate at 1 has no slope at all, which an h_0 beyond all bounds would be multiplied with."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        stock = nn.LSTM(4, 33, dtype=dtype)
+        ours = torch_manual.LSTM(4, 33, dtype=dtype)
+        ours.load_state_dict(stock.state_dict())
+        x, h0, c0 = (torch.randn(1, 3, n, dtype=dtype) for n in (4, 33, 33))
+        h0[0, 1, 3] = huge
+        results = [
+            torch.autograd.grad(m(x, (h0, c0))[0].square().sum(), m.weight_hh_l0)[0]
+            for m in (stock, ours)
+        ]
+        torch.testing.assert_close(*results, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_a_library_of_other_sources_is_refused():
+    with pytest.raises(RuntimeError, match="was compiled from other sources than these: build it"):
+        cpu_library.call("lstm_forward", torch.float32, bytes(8 * cpu.FORWARD_WORDS - 8))
+
+
+def test_views_that_negate():
+    """`torch._neg_view`, as of `z.conj().imag`, is another number than its memory holds."""
+    torch.manual_seed(0)
+    m, cell = torch_manual.LSTM(3, 9), torch_manual.LSTMCell(3, 9)
+    x, h0, c0, dy = (torch.randn(s) for s in ((5, 2, 3), (1, 2, 9), (1, 2, 9), (5, 2, 9)))
+    negated = [torch._neg_view(t) for t in (x, h0, c0, dy)]
+    results = []
+    for x, h0, c0, dy in (negated, [t.resolve_neg() for t in negated]):
+        y = m(x, (h0, c0))[0]
+        with torch.no_grad():
+            inferred = m(x, (h0, c0))[0]
+        stepped = cell(x[0], (h0[0], c0[0]))
+        gradients = torch.autograd.grad(y, [*m.parameters()], dy)
+        results.append((y, inferred, *stepped, *gradients))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_freed_weights_are_refused():
+    m, x = torch_manual.LSTM(3, 9), torch.randn(5, 2, 3)
+    y, _ = m(x)
+    m.weight_hh_l0.untyped_storage().resize_(0)
+    for run in (lambda: m(x), y.sum().backward):
+        with pytest.raises(RuntimeError, match=r"a weight of shape \(36, 9\) has no memory"):
+            run()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_computes_in_float32(dtype):
     p = problem(5, 4, 3, 17, D=2, packed=True).to(dtype)
@@ -295,16 +345,22 @@ def test_eight_threads_at_once():
     assert wrong == []
 
 
-def test_after_fork():
-    """A forked child, whose OpenMP threads are gone, computes as its parent does, on new ones."""
+@pytest.mark.parametrize("before", ["infers", "trains"])
+def test_after_fork(before):
+    """A forked child, whose OpenMP threads are gone, computes as its parent does, on new ones.
+
+    Of a parent that has trained it finds no packed weights yet.
+    """
     torch.manual_seed(0)
     m = torch_manual.LSTM(64, 256)
     x = torch.randn(20, 32, 64)
     torch.use_deterministic_algorithms(False)  # it fills with NaN, on torch's own threads
     torch.set_num_threads(2)
+    torch_manual.empty_cache()
     two = Grid(units=2)  # chosen by shape, it may be thinned where a core is busy
+    with torch.set_grad_enabled(before == "trains"), cpu_library.override(grid=two):
+        right = m(x)[0].detach().numpy()
     with torch.no_grad(), cpu_library.override(grid=two):
-        right = m(x)[0].numpy()
         read, write = os.pipe()
         child = os.fork()
         if child == 0:

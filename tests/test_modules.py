@@ -284,6 +284,33 @@ def test_packed_arguments_are_checked():
         torch_manual.LSTM(3, 4)(packed, (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        torch.tensor([5, 5, 5]),
+        torch.tensor([500, 500]),
+        torch.tensor([5, 0, 5]),
+        torch.tensor([2, 3, 5]),
+        torch.tensor([11, -1]),
+        torch.tensor([3, 2, 2]),
+        torch.tensor([5.0, 5.0]),
+        torch.tensor([5, 5], dtype=torch.int32),
+        torch.tensor([5, 9, 3, 9, 2, 9])[::2],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("kwargs", [{}, {"recompute": 2}, {"proj_size": 2}], ids=str)
+def test_sizes_that_are_not_of_a_packed_batch_are_refused(kwargs, backend, sizes):
+    module = torch_manual.LSTM(3, 4, **kwargs)
+    packed = rnn.PackedSequence(torch.randn(10, 3), sizes)
+    match = r"lstm: batch_sizes must be int64 .* and 10 in all \(the rows of the input\), got"
+    with torch_manual.use_backend(backend):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=match):
+                module(packed)
+
+
 def agree(ours, stock, *args, tolerance=2e-6):
     a, b = flatten(ours(*args)), flatten(stock(*args))
     for p, q in zip(a, b, strict=True):
@@ -556,11 +583,62 @@ def test_autocast(dtype):
         assert double(X.double())[0].dtype == torch.float64
 
 
-def test_checkpointing_gives_the_same_gradients():
-    module = torch_manual.LSTM(3, 4)
+@pytest.mark.parametrize("states", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_of_a_cell(x_dtype, states):
+    """On the CPU its states keep their precision, as in stock."""
+    ours, stock = pair(torch_manual.LSTMCell, 3, 4)
+    x = X[0].to(x_dtype)
+    hx = None if states is None else (torch.randn(len(x), 4, dtype=states),) * 2
+    results = []
+    for module in (ours, stock):
+        with torch.autocast("cpu", torch.bfloat16):
+            h, c = module(x, hx)
+        (h.float().sum() + c.float().sin().sum()).backward()
+        results.append((h, c, *(p.grad for p in module.parameters())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+
+
+def test_scaled_gradients_train_alike():
+    """GradScaler: the same steps as stock, and none where a gradient is infinite."""
+    trained = []
+    for module in pair(torch_manual.LSTM, 3, 4):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        scales = []
+        for factor in (1.0, float("inf"), 1.0, 1.0):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = module(X)[0].float().square().mean() * factor
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        trained.append((scales, module.state_dict()))
+    (ours, state), (stock, stock_state) = trained
+    assert ours == stock == [1024.0, 512.0, 512.0, 1024.0]
+    for name, p in state.items():
+        torch.testing.assert_close(p, stock_state[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("called", ["layer", "packed", "cell"])
+def test_checkpointing_gives_the_same_gradients(called, reentrant):
+    module = (torch_manual.LSTMCell if called == "cell" else torch_manual.LSTM)(3, 4)
     x = X.clone().requires_grad_()
+
+    def run(x):
+        if called == "packed":
+            lengths = [5, *(3 for _ in range(x.shape[1] - 1))]
+            return module(rnn.pack_padded_sequence(x, lengths))[0].data
+        return module(x[0] if called == "cell" else x)[0]
+
     grads = []
-    for f in (module, lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)):
-        grads.append(torch.autograd.grad(f(x)[0].sum(), [x, *module.parameters()]))
+    for f in (run, lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=reentrant)):
+        module.zero_grad()
+        x.grad = None
+        f(x).square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in module.parameters())])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)

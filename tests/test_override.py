@@ -262,6 +262,16 @@ def bad_calls():
     }
 
 
+def test_enters_again_after_undo(calls):
+    switch, module, x = override(), nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    switch.undo()
+    for _ in range(2):
+        with switch:
+            module(x)
+        module(x)
+    assert calls == ["lstm_layer"] * 2
+
+
 @pytest.mark.parametrize("name", bad_calls())
 def test_errors_are_stocks(name):
     with pytest.raises(RuntimeError) as expected:

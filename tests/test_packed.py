@@ -151,6 +151,29 @@ def test_digests_differ(instruction_set, changes):
     assert len(seen) > 10
 
 
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_changed_signs_change_the_digest(instruction_set):
+    """Of two to four numbers, which may be a vector, a block or a row of either set apart."""
+    p = problem(2, 3, 130, 17)
+    flat = p.weights[0].view(-1)
+
+    def digests():
+        infer(p)
+        ((block,),) = packed._free.values()
+        return digests_in(block, instruction_set, I=130, P=17, H=17)
+
+    with cpu_library.override(instruction_set=instruction_set):
+        before = digests()
+        for apart in (1, 2, 4, 8, 16, 17, 32, 33, 64, 128, 130, 256):
+            for others in ((apart,), (apart - 1, apart), (apart, apart + 1), (1, apart, apart + 1)):
+                for start in (0, 1, 40, 513, 1025, 2049):  # the last begin blocks that are not full
+                    numbers = torch.tensor([start, *(start + k for k in others)]).unique()
+                    flat.index_copy_(0, numbers, -flat[numbers])
+                    after = digests()
+                    assert after != before, numbers
+                    before = after
+
+
 def digests_in(block, instruction_set, I, P, H):
     lanes = {"avx512": 16, "avx2": 8, "baseline": 4}[instruction_set]
     panels = -(-H // lanes)

@@ -56,6 +56,27 @@ def test_bit_identical(backend, cls, kwargs, packed, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("T", "B", "I", "H", "K"), [(100, 1, 40, 30, 10), (130, 10, 14, 7, 3), (40, 16, 40, 40, 8)]
+)
+def test_bit_identical_on_two_threads(T, B, I, H, K):
+    """Also where the work of one direction is little for two threads and that of both is not."""
+    threads = torch.get_num_threads()
+    plain = torch_manual.LSTM(I, H, 2, bidirectional=True)
+    lean = torch_manual.LSTM(I, H, 2, bidirectional=True, recompute=K)
+    lean.load_state_dict(plain.state_dict())
+    x = torch.randn(T, B, I, requires_grad=True)
+    try:
+        torch.set_num_threads(2)
+        results = [
+            torch.autograd.grad(m(x)[0].square().sum(), [x, *m.parameters()]) for m in (plain, lean)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_keeps_little():
     """Bytes kept for the backward pass beyond x, y and the parameters."""
     kept = []

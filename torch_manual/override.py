@@ -33,13 +33,18 @@ class override:
     PyTorch draws on the CPU.
 
     It takes effect at once, nests, and leaves no trace in the dispatcher. It is global to the
-    process, not to a thread. A graph recorded under it keeps our backward pass afterwards.
+    process, not to a thread. A graph recorded under it keeps our backward pass afterwards, a
+    compiled one what it was compiled with, before or under it.
 
     Not served: quantized LSTMs; the cell in a model that torch.jit.trace recorded, which holds its
-    parts; and `nn.LSTM` under torch.export, which takes it apart into steps: use `replace` there.
+    parts; and `nn.LSTM` under torch.compile and torch.export, which refuse it or take it apart into
+    steps: use `replace` there.
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._library = Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
@@ -55,6 +60,8 @@ class override:
             self._library._destroy()
 
     def __enter__(self) -> override:
+        if self._library not in _in_force:
+            self._begin()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -1,5 +1,5 @@
 // A digest of memory: the same for the same contents, another for others. Always, if they differ in eight
-// bytes that are read as one word; else but for a chance of 2⁻⁶⁴.
+// bytes that are read as one word; else but for a chance of about 2⁻⁶⁴, whatever signs have changed.
 #pragma once
 
 #include <cstring>
@@ -25,8 +25,8 @@ class Digest {
     }
 
     uint64_t value() const {
-        Words all = state[0];
-        for (uint64_t c = 1; c < chains; c++) all = mixed(all ^ state[c]);
+        Words all = {};
+        for (uint64_t c = 0; c < chains; c++) all = mixed(all ^ mixed(mixed(state[c])));
         uint64_t value = 0;
         for (uint64_t lane = 0; lane < lanes; lane++) value = mixed(value ^ all[lane]);
         return value;
@@ -38,9 +38,12 @@ class Digest {
     static constexpr uint64_t lanes = VECTOR_BYTES / 8, chains = 8;  // as many as overlap
     static constexpr int64_t block = chains * VECTOR_BYTES;
 
-    // One to one, so that a difference never gets lost; the factor takes it up, the shift down again.
+    // One to one, so that a difference never gets lost: the factor takes it up, the shifts down. A sign
+    // is the highest bit, which a factor leaves alone; so it is taken down beforehand, by a distance at
+    // which no other sign lies.
     template <typename T>
     static INLINE T mixed(T x) {
+        x ^= x >> 29;
         x *= 0x9e3779b97f4a7c15;
         return x ^ x >> 32;
     }

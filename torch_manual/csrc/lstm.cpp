@@ -8,56 +8,26 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int lstm_forward_float32(const ForwardArguments<float>* a) {
-    return run_layer<Forward<float>>(*a);
-}
-EXPORT int lstm_forward_float64(const ForwardArguments<double>* a) {
-    return run_layer<Forward<double>>(*a);
-}
-EXPORT int lstm_backward_float32(const BackwardArguments<float>* a) {
-    return run_layer<Backward<float>>(*a);
-}
-EXPORT int lstm_backward_float64(const BackwardArguments<double>* a) {
-    return run_layer<Backward<double>>(*a);
-}
-EXPORT int lstm_tangent_float32(const TangentArguments<float>* a) {
-    return run_layer<Forward<float, true>>(*a);
-}
-EXPORT int lstm_tangent_float64(const TangentArguments<double>* a) {
-    return run_layer<Forward<double, true>>(*a);
-}
-EXPORT int lstm_dual_float32(const DualArguments<float>* a) {
-    return run_layer<Dual<float>>(*a);
-}
-EXPORT int lstm_dual_float64(const DualArguments<double>* a) {
-    return run_layer<Dual<double>>(*a);
-}
-EXPORT int lstm_backward_tangent_float32(const BackwardTangentArguments<float>* a) {
-    return run_layer<Backward<float, true>>(*a);
-}
-EXPORT int lstm_backward_tangent_float64(const BackwardTangentArguments<double>* a) {
-    return run_layer<Backward<double, true>>(*a);
-}
-EXPORT int lstm_input_sums_float32(const InputSumsArguments<float>* a) {
-    return run_sums<InputSums<float>>(*a);
-}
-EXPORT int lstm_input_sums_float64(const InputSumsArguments<double>* a) {
-    return run_sums<InputSums<double>>(*a);
-}
-EXPORT int lstm_weight_sums_float32(const WeightSumsArguments<float>* a) {
-    return run_sums<WeightSums<float>>(*a);
-}
-EXPORT int lstm_weight_sums_float64(const WeightSumsArguments<double>* a) {
-    return run_sums<WeightSums<double>>(*a);
-}
-EXPORT int lstm_peephole_sums_float32(const PeepholeSumsArguments<float>* a) {
-    return run_peephole_sums(*a);
-}
-EXPORT int lstm_peephole_sums_float64(const PeepholeSumsArguments<double>* a) {
-    return run_peephole_sums(*a);
-}
-EXPORT int lstm_gradients_float32(const GradientsArguments<float>* a) { return run_gradients(*a); }
-EXPORT int lstm_gradients_float64(const GradientsArguments<double>* a) { return run_gradients(*a); }
+// `name`_float32 and `name`_float64: `run` of such a structure, if the caller has it of the same size.
+#define SERVE(name, Arguments, ...)                                               \
+    EXPORT int name##_float32(const Arguments<float>* a, int64_t bytes) {         \
+        using real = float;                                                       \
+        return bytes == (int64_t)sizeof(*a) ? __VA_ARGS__(*a) : OUTDATED;         \
+    }                                                                             \
+    EXPORT int name##_float64(const Arguments<double>* a, int64_t bytes) {        \
+        using real = double;                                                      \
+        return bytes == (int64_t)sizeof(*a) ? __VA_ARGS__(*a) : OUTDATED;         \
+    }
+
+SERVE(lstm_forward, ForwardArguments, run_layer<Forward<real>>)
+SERVE(lstm_backward, BackwardArguments, run_layer<Backward<real>>)
+SERVE(lstm_tangent, TangentArguments, run_layer<Forward<real, true>>)
+SERVE(lstm_dual, DualArguments, run_layer<Dual<real>>)
+SERVE(lstm_backward_tangent, BackwardTangentArguments, run_layer<Backward<real, true>>)
+SERVE(lstm_input_sums, InputSumsArguments, run_sums<InputSums<real>>)
+SERVE(lstm_weight_sums, WeightSumsArguments, run_sums<WeightSums<real>>)
+SERVE(lstm_peephole_sums, PeepholeSumsArguments, run_peephole_sums<real>)
+SERVE(lstm_gradients, GradientsArguments, run_gradients<real>)
 
 EXPORT int64_t multiply_add_float32(int64_t threads, int64_t repeats) {
     return multiply_add<float>(threads, repeats);

@@ -249,7 +249,7 @@ inline void set_barriers(Barrier* barriers, const Grid& grid) {
 }
 
 // What a call returns.
-enum Outcome { DONE, NO_MEMORY, CROWDED };
+enum Outcome { DONE, NO_MEMORY, CROWDED, OUTDATED };
 
 // CROWDED if threads waited for one without a core in two fifths of the time since `start` or more,
 // else DONE: those that meet at every step, or those that have done as much of the work, which `waited`

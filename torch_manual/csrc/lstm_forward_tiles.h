@@ -193,7 +193,8 @@ INLINE void Forward<real, tangent>::output(const Step& step, int64_t b, int64_t 
     }
 }
 
-// σ(x) = 1 / d, tanh(z) = e / (e + 2) and their product, with one division.
+// σ(x) = 1 / d, tanh(z) = e / (e + 2) and their product, with one division. What is 1 is made so: the
+// backward pass multiplies 1 - σ and 1 - tanh² with what may be infinite.
 template <typename real, bool tangent>
 struct Forward<real, tangent>::Product {
     vec sigmoid, tanh, product;
@@ -203,9 +204,11 @@ template <typename real, bool tangent>
 INLINE auto Forward<real, tangent>::sigmoid_tanh(vec x, vec z) -> Product {
     const vec d = one_plus_exp<real>(x), e = expm1_twice<real>(z);
     const vec quotient = (real)1 / (d * (e + (real)2));
-    const vec product = with_sign<real>(quotient * e, sign_of<real>(z));
-    return {unless_closed<real>(quotient * (e + (real)2), x), product * d,
-            unless_closed<real>(product, x)};
+    const vec product = quotient * e, one = broadcast<real>((real)1);
+    const auto sign = sign_of<real>(z);
+    return {d == one ? one : unless_closed<real>(quotient * (e + (real)2), x),
+            with_sign<real>(e + (real)2 == e ? one : product * d, sign),
+            unless_closed<real>(with_sign<real>(product, sign), x)};
 }
 
 // Asks for memory not seen for long that the tile will read and write.

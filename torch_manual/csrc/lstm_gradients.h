@@ -64,7 +64,7 @@ struct Gradients {
     Gradients(const GradientsArguments<real>& a)
         : args(a), sizes(a.sizes), again(a.recompute ? a.forward_grid : sizes.grid), T(sizes.T),
           B(sizes.B), H(sizes.H), D(sizes.D),
-          shares(most(a.threads, most(sizes.grid.size(), again.size()))) {
+          shares(most(a.threads, most(sizes.grid.size(), a.forward_grid.size()))) {
         backward_args = {sizes,  a.dy, a.stride_dy, a.dh_n, a.dc_n,  a.dcells, a.c0, a.gates,
                          a.cells, a.dpre, a.dh,  a.dh0,  a.dc0, {a.weights[0], a.weights[1]}};
         Sizes again = sizes;

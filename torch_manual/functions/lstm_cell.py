@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_manual.functions._autocast import autocast_cast, autocast_off
 from torch_manual.functions._function import PositionalFunction
 from torch_manual.functions.lstm import (
     any_requires_grad,
@@ -47,18 +48,33 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
     Saved for backward: x, h_{t-1}, c_{t-1}, weights, the gates (1, B, 4H) and c_t (1, B, H).
     """
     h, c = hx
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or transforms_are_active()
-    ):
-        h, _, c_n = lstm_layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights])
+    cast = torch._C._is_any_autocast_enabled()
+    if cast or torch.compiler.is_compiling() or transforms_are_active():
+        if cast:
+            x, h, c, weights = _cast(x, h, c, weights)
+        with autocast_off(x):
+            h, _, c_n = lstm_layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights])
         return h, c_n.squeeze(0)
     check_arguments(x, h, c, [weights])
     if torch.is_grad_enabled() and any_requires_grad(x, h, c, *weights):
         return LSTMCellFunction.apply(x, h, c, _of_loop(x, h, c, weights), *weights)
     h, c = lstm_step(x, h, c, weights, save=False)
     return h, c
+
+
+def _cast(
+    x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights
+) -> tuple[Tensor, Tensor, Tensor, LSTMWeights]:
+    """What autocast has a cell compute with.
+
+    On a GPU all is cast. On a CPU the products' factors are, and the states keep the precision in
+    which they come, as in stock.
+    """
+    if c.is_cpu and c.dtype == torch.float32:
+        x, h, *flat = (None if t is None else t.to(c.dtype) for t in autocast_cast(x, h, *weights))
+    else:
+        x, h, c, *flat = autocast_cast(x, h, c, *weights)
+    return x, h, c, LSTMWeights(*flat)
 
 
 class LSTMCellFunction(PositionalFunction):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_manual.kernels import cpu_grid, cpu_library, memory, packed
 from torch_manual.kernels.cpu_library import HALF
+from torch_manual.kernels.rows import check_batch_sizes
 
 _WEIGHTS = 8  # of one direction; LSTMWeights in kernels/lstm.py
 _NONE = (0,) * _WEIGHTS
@@ -243,6 +244,7 @@ def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, int
     """T, and the address of batch_sizes or 0."""
     if batch_sizes is None:
         return (n_rows // batch if batch else 0), 0
+    check_batch_sizes(batch_sizes, n_rows, batch)
     return len(batch_sizes), batch_sizes.data_ptr()
 
 
@@ -255,12 +257,22 @@ def in_c_order(
         if w is None:
             addresses.append(0)
         elif w.is_contiguous():
-            addresses.append(w.data_ptr())
+            addresses.append(w.data_ptr() or _none_of(w))
         else:
             return in_c_order([None if w is None else w.contiguous() for w in weights])
     pointers = tuple(addresses)
     full = pointers[5:_WEIGHTS] != _NONE[5:] and _is_full(weights[5:_WEIGHTS])
     return weights, pointers if len(pointers) > _WEIGHTS else pointers + _NONE, full
+
+
+def _none_of(w: Tensor) -> int:
+    """The address of a weight that has none: of no numbers, or freed."""
+    if w.numel() == 0:
+        return 0
+    raise RuntimeError(
+        f"lstm: a weight of shape {tuple(w.shape)} has no memory: its storage was freed, as "
+        "fully_shard does after a module's forward or backward pass"
+    )
 
 
 def _is_full(peepholes: Sequence[Tensor | None]) -> bool:

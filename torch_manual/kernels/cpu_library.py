@@ -27,6 +27,7 @@ FOLDER = Path(
     os.environ.get("TORCH_MANUAL_KERNEL_FOLDER", Path(__file__).resolve().parent.parent / "csrc")
 )
 HALF = (torch.float16, torch.bfloat16)
+_OUTDATED = 3  # what a call of csrc/lstm.cpp returns for a structure of another size
 _FUNCTIONS = (
     "lstm_forward",
     "lstm_backward",
@@ -179,11 +180,17 @@ def call(name: str, dtype: torch.dtype, arguments: bytes) -> None:
 
     Raises:
         MemoryError: there is no memory for the packed weights.
+        RuntimeError: the structure is not of the size that the library was compiled for.
     """
     begun = time.monotonic()
-    outcome = _run(_functions()[name, dtype], arguments)
+    outcome = _run(_functions()[name, dtype], arguments, len(arguments))
     if outcome == crowding.CROWDED:
         crowding.note(begun)
+    elif outcome == _OUTDATED:
+        raise RuntimeError(
+            f"{name}: {_path(instruction_set())} was compiled from other sources than these: "
+            "build it again, by installing torch_manual again"
+        )
     elif outcome:
         raise MemoryError(f"{name}: no memory for the packed weights")
 

@@ -306,7 +306,8 @@ def dispatched(*tensors: Tensor | None) -> bool:
     """Whether PyTorch's dispatcher must see a call with these tensors.
 
     A step takes the kernel a few microseconds and the dispatcher as long again, so that CPU tensors
-    go without it when nobody listens: no tracer, no mode, no transform, no subclass.
+    go without it when nobody listens: no tracer, no mode, no transform, no subclass, no view that
+    negates.
     """
     if (
         torch.compiler.is_compiling()
@@ -320,7 +321,7 @@ def dispatched(*tensors: Tensor | None) -> bool:
             continue
         kind = type(t)
         if kind is Tensor:
-            if is_legacy_batchedtensor(t) or not t.is_cpu:
+            if is_legacy_batchedtensor(t) or not t.is_cpu or t.is_neg():
                 return True
         elif kind is not Parameter or not t.is_cpu:
             return True

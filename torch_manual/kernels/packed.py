@@ -11,6 +11,7 @@ A block is one call's at a time: of calls side by side each has its own.
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -58,7 +59,9 @@ def take(key: tuple | None) -> Tensor | None:
     dtype, (I, H, P, D), *_ = key
     units = -(-H // _MOST_LANES) * _MOST_LANES  # of the panels, whatever their width
     n_bytes = D * units * (4 * (I + P) * dtype.itemsize + 2 * 8)
-    return memory.empty(torch.empty(0, dtype=torch.uint8), n_bytes).zero_()
+    block = memory.empty(torch.empty(0, dtype=torch.uint8), n_bytes)
+    ctypes.memset(block.data_ptr(), 0, n_bytes)  # zero_() would wait for threads in a forked child
+    return block
 
 
 def give_back(key: tuple | None, block: Tensor | None) -> None:

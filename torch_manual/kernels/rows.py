@@ -26,8 +26,29 @@ def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[slice]:
     """Return the rows of every time step, first to last."""
     if batch_sizes is None:
         return [slice(start, start + batch) for start in range(0, n_rows, batch or 1)]
+    check_batch_sizes(batch_sizes, n_rows, batch)
     ends = batch_sizes.cumsum(0).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def check_batch_sizes(batch_sizes: Tensor, n_rows: int, batch: int) -> None:
+    """Refuse what are not the sizes of a packed batch of so many rows and sequences.
+
+    Raises:
+        RuntimeError: they are not int64 in C order on the CPU, positive, falling from `batch` on,
+            `n_rows` in all.
+    """
+    kind = batch_sizes.dtype, batch_sizes.dim(), batch_sizes.device.type
+    if kind == (torch.int64, 1, "cpu") and batch_sizes.is_contiguous():
+        sizes = batch_sizes.numpy()
+        positive = len(sizes) == 0 or (sizes[0] == batch and sizes[-1] > 0)
+        if positive and sizes.sum() == n_rows and (sizes[1:] <= sizes[:-1]).all():
+            return
+    raise RuntimeError(
+        "lstm: batch_sizes must be int64 numbers in C order on the CPU, positive and falling, the "
+        f"first {batch} (the sequences of h_0) and {n_rows} in all (the rows of the input), got "
+        f"{batch_sizes}"
+    )
 
 
 class Run(NamedTuple):

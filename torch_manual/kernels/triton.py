@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_manual.kernels import backend, triton_levels
 from torch_manual.kernels.lstm import LSTMWeights, _cast, _compute_dtype, by_direction
-from torch_manual.kernels.rows import previous, steps
+from torch_manual.kernels.rows import check_batch_sizes, previous, steps
 from torch_manual.kernels.triton_levels import CHIPS, Chip, Plan, Shape
 
 _choose: Callable[[Shape, Chip], Plan] = triton_levels.choose
@@ -274,6 +274,7 @@ def _backward_pointwise(
 
 def _length(n_rows: int, batch: int, batch_sizes: Tensor | None) -> int:
     if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, n_rows, batch)
         return len(batch_sizes)
     return n_rows // batch if batch else 0
 

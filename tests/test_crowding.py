@@ -1,5 +1,6 @@
 """Fewer threads while another process has the core of one of them: when, and to the same bits."""
 
+import math
 import os
 import subprocess
 import sys
@@ -20,32 +21,40 @@ pytestmark = pytest.mark.usefixtures("one_thread_and_nan_where_unwritten")
 def clock(monkeypatch):
     """The seconds that `crowding` reads, to be set."""
     now = [1000.0]
-    for name, value in (("_last", 0.0), ("_until", 0.0), ("_spared", 0)):
+    for name, value in (("_since", -math.inf), ("_until", 0.0), ("_spared", 0)):
         monkeypatch.setattr(crowding, name, value)
     monkeypatch.setattr(crowding.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_two_crowded_calls_in_a_row_spare_a_thread_for_a_while(clock):
-    def crowded_call(after, seconds):
-        clock[0] += after + seconds
-        crowding.note(clock[0] - seconds)
+def crowded_call(clock, after, seconds):
+    clock[0] += after + seconds
+    crowding.note(clock[0] - seconds)
 
-    crowded_call(after=0, seconds=0.01)
+
+def test_crowded_calls_close_together_spare_a_thread_for_a_while(clock):
+    crowded_call(clock, after=0, seconds=0.02)
     assert crowding.spared() == 0
-    crowded_call(after=0.1, seconds=3)
+    crowded_call(clock, after=0.05, seconds=0.02)
     assert crowding.spared() == 1
-    crowded_call(after=0, seconds=0.1)  # with one thread less
+    for _ in range(2):  # with one thread less
+        assert crowding.spared() == 1
+        crowded_call(clock, after=0.01, seconds=0.1)
     assert crowding.spared() == 2
     clock[0] += 0.4
     assert crowding.spared() == 2
     clock[0] += 0.2
     assert crowding.spared() == 0
-    crowded_call(after=0.3, seconds=0.01)
-    crowded_call(after=0.05, seconds=0.01)
-    assert crowding.spared() == 0
-    crowded_call(after=0.03, seconds=0.01)
-    assert crowding.spared() == 1
+
+
+@pytest.mark.parametrize(
+    ("after", "seconds", "calls"),
+    [(0.3, 0.02, 9), (0.015, 0.004, 9), (0.001, 0.004, 2), (3, 0.5, 3), (0, 5, 1)],
+)
+def test_a_core_lost_now_and_then_spares_none(clock, after, seconds, calls):
+    for _ in range(calls):
+        crowded_call(clock, after, seconds)
+        assert crowding.spared() == 0
 
 
 @pytest.mark.parametrize(
@@ -149,7 +158,7 @@ def grid():
 assert grid() == two
 with torch.no_grad():
     expected = layer(x)[0]
-    for _ in range(10):
+    for _ in range(40):
         assert torch.equal(layer(x)[0], expected)
 assert grid().threads == 1
 crowding._until = 0.0

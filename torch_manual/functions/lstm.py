@@ -70,7 +70,8 @@ def lstm_layer(
         batch_sizes: (T,) int64 on the CPU, of a PackedSequence; None when `x` is dense.
         return_cells: return every c_t as well.
         recompute: keep h and c of every so many steps only, and run the rest again in the backward
-            pass. Gradients are the same to the bit; second order and torch.func do not work then.
+            pass. Gradients are the same to the bit (to rounding with weight_hr and in half
+            precision); second order and torch.func do not work then.
 
     Returns:
         y, (T, B, D·P) or (N, D·P); h_n, (D, B, P); c_n, (D, B, H); and with `return_cells` the

@@ -2,9 +2,10 @@
 
 Only h and c at the start of every segment are kept. The backward pass goes through the segments in
 reverse, computes the gates and cells of one again and forgets them. Where one call of the kernel
-makes a gradient, one makes it here, too (kernels/cpu_gradients.py). Elsewhere this file goes op by
-op, and takes the sums over time over the blocks of lstm_gradients.py. Either way every gradient is
-bit for bit what it would have been.
+makes a gradient, one makes it here, too (kernels/cpu_gradients.py), bit for bit what it would have
+been. Elsewhere this file goes op by op, and takes the sums over time over the blocks of
+lstm_gradients.py. Then gradients are the same but for rounding: a segment is computed on the
+threads that suit it, and from states that half precision has rounded.
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ struct InputSums {
 
     struct Tile {
         static constexpr int max_rows = narrow_rows;
+        static constexpr int64_t few = 64;  // terms in a row, where registers are left for two sums
         const InputSums* self;
         int64_t d;
         const real* dpre;
@@ -117,9 +118,17 @@ struct InputSums {
             const bool whole = self->packed(panel);
             const real* weight = whole ? self->packed_weight[d] + panel * a.K * 2 * L
                                        : a.weight_ih[d] + panel * 2 * L;
+            const int64_t stride = whole ? 2 * L : a.I;
+            const real* from = dpre + row * a.stride_dpre;
             vec sum[ROWS][VECS];
-            product<false>(sum, dpre + row * a.stride_dpre, a.stride_dpre, weight,
-                           whole ? 2 * L : a.I, a.K, asked);  // B10
+            product<false>(sum, from, a.stride_dpre, weight, stride, VECS == 1 ? least(few, a.K) : a.K,
+                           asked);  // B10
+            for (int64_t k = few; VECS == 1 && k < a.K; k += few) {
+                vec part[ROWS][VECS];
+                product<false>(part, from + k, a.stride_dpre, weight + k * stride, stride,
+                               least(few, a.K - k));
+                for (int r = 0; r < ROWS; r++) sum[r][0] += part[r][0];
+            }
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < VECS; v++) {
                     const int64_t i = (2 * panel + v) * L;

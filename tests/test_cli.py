@@ -89,7 +89,7 @@ def test_every_layer_has_a_case():
     assert layers <= {case.layer for case in check_cases()}
 
 
-@pytest.mark.parametrize("arguments", [[], ["check", "--samples", "0"]])
+@pytest.mark.parametrize("arguments", [[], ["check", "--samples", "0"], ["kernels", "--jobs", "0"]])
 def test_wrong_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)

@@ -119,6 +119,13 @@ def test_parametrized_lstm():
     assert isinstance(torch_manual.restore(model)[0], nn.LSTM)
 
 
+def test_what_cannot_be_restored_leaves_all_as_it_was():
+    model = nn.Sequential(torch_manual.LSTM(3, 4), torch_manual.LSTM(4, 4, return_cells=True))
+    with pytest.raises(ValueError, match=r"restore: torch\.nn\.LSTM has no return_cells"):
+        torch_manual.restore(model)
+    assert all(type(module) is torch_manual.LSTM for module in model)
+
+
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"replace: model must be an nn.Module, got int"):
         torch_manual.replace(3)

@@ -212,6 +212,24 @@ def test_nan_and_inf_go_where_they_go_in_stock(bad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("closed", ["i", "o"])
+def test_a_closed_gate_hides_no_nan(closed, dtype):
+    bias = torch.zeros(4, 5, dtype=dtype)  # i, f, g, o
+    bias["ifgo".index(closed)] = -1000.0
+    bias[2] = float("nan")
+    results = []
+    for cls in (torch_manual.LSTM, nn.LSTM):
+        m = cls(1, 5, dtype=dtype)
+        with torch.no_grad():
+            m.bias_ih_l0.copy_(bias.flatten())
+            y, (h_n, c_n) = m(torch.ones(3, 2, 1, dtype=dtype))
+        results.append((y.isnan(), h_n.isnan(), c_n.isnan()))
+    for ours, stock in zip(*results, strict=True):
+        assert ours.all()
+        assert stock.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("huge", [float("inf"), 1e30])
 def test_closed_gates_pass_nothing_on(huge, dtype):
     """A gate at 1 has no slope at all, which an h_0 beyond all bounds would be multiplied with."""

@@ -347,7 +347,8 @@ def test_what_cannot_be_checked_is_refused(fn, inputs, error, message):
     [
         ({"eps": 0}, "eps must be positive, got 0"),
         ({"rtol": -1}, "atol and rtol must not be negative, got 1e-08 and -1"),
-        ({"samples": 0}, "samples must be None or at least 1, got 0"),
+        ({"samples": 2.5}, "samples must be None or an int of at least 1, got 2.5"),
+        ({"samples": 0}, "samples must be None or an int of at least 1, got 0"),
         ({"gates": {"w": "ab"}}, r"gates must name checked tensors \(input, weight, bias\), got w"),
         ({"gates": {"bias": "ifgo"}}, r"gates\['bias'\] must be different names that divide the 6"),
         ({"gates": {"bias": "aa"}}, r"gates\['bias'\] must be different names that divide the 6"),
@@ -377,3 +378,9 @@ def test_table_keeps_brackets_with_and_without_rich(monkeypatch):
     assert "title [b]" in drawn
     monkeypatch.setitem(__import__("sys").modules, "rich", None)
     assert render("title", ["a", "b"], rows) == "title\na\tb\nweight_hh_l0[red]\t:x:\nh\t2"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_checks_without_grad_mode_as_with_it(mode):
+    with mode():
+        assert gradcheck(nn.LSTM(2, 2), torch.randn(2, 2, 2)).ok

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import torch_manual
 from torch_manual.init import chrono_, forget_bias_, orthogonal_
@@ -70,3 +71,13 @@ def test_bad_arguments():
             f(torch_manual.LSTM(3, 4, bias=False))
     with pytest.raises(ValueError, match="got min_length=2, max_length=1"):
         chrono_(torch_manual.LSTM(3, 4), 1)
+
+
+def test_weights_that_are_computed_are_refused():
+    module = nn.utils.parametrizations.weight_norm(torch_manual.LSTM(3, 6), "weight_hh_l0")
+    with pytest.raises(ValueError, match="weight_hh_l0 is computed from other parameters"):
+        orthogonal_(module)
+    forget_bias_(module)
+    pruned = torch_manual.LSTM(3, 6)
+    prune.random_unstructured(pruned, "bias_ih_l0", amount=0)
+    assert forget_bias_(pruned, 3.0).bias_ih_l0_orig[6:12].eq(3).all()

@@ -266,6 +266,59 @@ def test_weight_of_a_wrong_shape_or_dtype_is_refused(module, x, grad):
                 wrong(x)
 
 
+def bad_calls_of_the_functions():
+    def weights(n=1):
+        return [LSTMWeights(torch.randn(28, 5), torch.randn(28, 7)) for _ in range(n)]
+
+    x, rows = torch.randn(6, 3, 5), torch.randn(18, 5)
+    h = torch.randn(1, 3, 7)
+    two = torch.randn(2, 3, 7)
+    batch = r"lstm: x must be \(T, B, I\), or .*h0 and c0 \(D, B, ·\), got"
+    cell = r"lstm: x must be \(B, I\), h and c \(B, ·\), got"
+    return {
+        "c0": (lambda: lstm_layer(x, h, h[:, :1], weights()), batch),
+        "h0": (lambda: lstm_layer(x, h[:, :1], h, weights()), batch),
+        "states": (lambda: lstm_layer(x, h[:, :2], h[:, :2], weights()), batch),
+        "rows": (lambda: lstm_layer(rows[:16], h, h, weights()), batch),
+        "no states": (lambda: lstm_layer(rows, h[:, :0], h[:, :0], weights()), batch),
+        "weights": (lambda: lstm_layer(x, two, two, weights()), r"h0 must be .* D = 1, as many"),
+        "one state": (lambda: lstm_layer(x, h, h, weights(2)), r"h0 must be .* D = 2, as many"),
+        "c0 of one": (lambda: lstm_layer(x, two, h, weights(2)), r"c0 must be .* D = 2, as many"),
+        "2-D": (lambda: lstm_layer(x, h[0], h[0], weights()), r"h0 must be .*got \(3, 7\)"),
+        "none": (lambda: lstm_layer(x, h, h, []), "weights must be of 1 or 2 directions, got 0"),
+        "three": (lambda: lstm_layer(x, h, h, weights(3)), "of 1 or 2 directions, got 3"),
+        "cell": (lambda: lstm_cell(x[0], (h[0, :1], h[0, :1]), *weights()), cell),
+        "cell x": (lambda: lstm_cell(x[0, :1], (h[0], h[0]), *weights()), cell),
+        "cell 3-D": (lambda: lstm_cell(x, (h, h), *weights()), cell),
+        "recompute": (lambda: lstm_layer(x, h, h, grad(weights()), recompute=0), "positive int"),
+        "recompute 2.5": (lambda: lstm_layer(x, h, h, weights(), recompute=2.5), "positive int"),
+        "recompute and cells": (
+            lambda: lstm_layer(x, h, h, weights(), recompute=2, return_cells=True),
+            "keeps no cells",
+        ),
+    }
+
+
+def grad(weights):
+    return [LSTMWeights(*(t if t is None else t.requires_grad_() for t in w)) for w in weights]
+
+
+@pytest.mark.parametrize("name", bad_calls_of_the_functions())
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_what_does_not_fit_a_function_is_refused(backend, name):
+    call, message = bad_calls_of_the_functions()[name]
+    with torch_manual.use_backend(backend), pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(("name", "value"), [("bidirectional", True), ("recompute", 0)])
+def test_attributes_that_do_not_fit_are_refused(name, value):
+    module = torch_manual.LSTM(3, 4)
+    setattr(module, name, value)
+    with pytest.raises(ValueError, match=r"as many as there are weights|positive int or None"):
+        module(X)
+
+
 def test_h_of_another_width_than_c_needs_a_projection():
     weights = LSTMWeights(torch.zeros(16, 3), torch.zeros(16, 5))
     message = "without weight_hr, h0 must be as wide as c0, 4, got 5"

@@ -272,6 +272,16 @@ def test_enters_again_after_undo(calls):
     assert calls == ["lstm_layer"] * 2
 
 
+def test_a_switch_nests_in_itself(calls):
+    switch, module, x = override(), nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    with switch:
+        with switch:
+            module(x)
+        module(x)
+    module(x)
+    assert calls == ["lstm_layer"] * 2
+
+
 @pytest.mark.parametrize("name", bad_calls())
 def test_errors_are_stocks(name):
     with pytest.raises(RuntimeError) as expected:

@@ -15,6 +15,7 @@ import torch_manual
 from torch_manual._check_cases import CheckCase, check_cases
 from torch_manual._derivatives import analytic, draw_cotangents, prepare
 from torch_manual._kernels_command import add_arguments as add_kernels_arguments
+from torch_manual._kernels_command import positive
 from torch_manual._table import render
 from torch_manual.gradcheck import gradcheck
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--layer", nargs="+", default=[], metavar="NAME", help="only these layers")
     command.add_argument(
         "--samples",
-        type=_positive,
+        type=positive,
         default=64,
         metavar="N",
         help="elements checked per tensor or gate (default: %(default)s)",
@@ -148,13 +149,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
 
 
 if __name__ == "__main__":

@@ -47,9 +47,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--name", default="", help="only kernels whose name contains this")
     command.add_argument("--dtype", default="", help="only this dtype, such as bf16")
     command.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time (default: all)"
+        "--jobs",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="compilers at a time (default: all)",
     )
     command.set_defaults(run=kernels)
+
+
+def positive(text: str) -> int:
+    """An argument's number, at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
 
 
 def kernels(options: argparse.Namespace) -> int:
@@ -64,6 +76,9 @@ def kernels(options: argparse.Namespace) -> int:
         rows = measure([CHIPS[name] for name in targets], options.name, options.dtype, options.jobs)
     except ImportError as error:
         print(f"kernels: {error}", file=sys.stderr)
+        return 2
+    if not rows:
+        print("kernels: no variant has that --name and --dtype", file=sys.stderr)
         return 2
     failed = [row for row in rows if row["over_budget"]]
     if options.json:

@@ -53,12 +53,11 @@ def restore(model: M) -> M:
         TypeError: `model` is no `nn.Module`.
         ValueError: an LSTM has `return_cells=True`, which torch.nn's can not do.
     """
-    for module in _modules(model, "restore"):
-        stock = STOCK.get(_unparametrized(module))
-        if stock is None:
-            continue
-        if getattr(module, "return_cells", False):
-            raise ValueError("restore: torch.nn.LSTM has no return_cells; set it to False first")
+    modules = [m for m in _modules(model, "restore") if _unparametrized(m) in STOCK]
+    if any(getattr(module, "return_cells", False) for module in modules):
+        raise ValueError("restore: torch.nn.LSTM has no return_cells; set it to False first")
+    for module in modules:
+        stock = STOCK[_unparametrized(module)]
         for ours in ("return_cells", "recompute"):
             module.__dict__.pop(ours, None)
         _become(module, module.__dict__.pop("_stock_class", stock))

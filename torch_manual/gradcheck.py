@@ -12,6 +12,7 @@ from math import inf, nan
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from torch_manual._derivatives import (
@@ -151,11 +152,25 @@ def gradcheck(
         raise ValueError(f"gradcheck: eps must be positive, got {eps}")
     if not (atol >= 0 and rtol >= 0):
         raise ValueError(f"gradcheck: atol and rtol must not be negative, got {atol} and {rtol}")
-    if samples is not None and samples < 1:
-        raise ValueError(f"gradcheck: samples must be None or at least 1, got {samples}")
+    if samples is not None and (type(samples) is not int or samples < 1):
+        raise ValueError(f"gradcheck: samples must be None or an int of at least 1, got {samples}")
 
+    with torch.inference_mode(False), torch.enable_grad():
+        return _checked(fn, inputs, eps, atol, rtol, samples, gates or {}, seed)
+
+
+def _checked(
+    fn: nn.Module | Callable[..., Any],
+    inputs: Any,
+    eps: float,
+    atol: float,
+    rtol: float,
+    samples: int | None,
+    gates: Mapping[str, Sequence[str]],
+    seed: int,
+) -> GradcheckReport:
     problem = prepare(fn, inputs, seed)
-    stacked = _gates_of(problem, gates or {})
+    stacked = _gates_of(problem, gates)
     outputs = outputs_of(problem, eps)
     draws = draw_cotangents(outputs, seed)
     gradients, failures = analytic(problem, draws)

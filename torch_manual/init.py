@@ -25,8 +25,17 @@ def _lstm(module: nn.Module, caller: str) -> None:
 
 def _parameters(module: nn.Module, prefix: str) -> Iterator[Tensor]:
     """Every parameter of that name: of each layer and direction."""
-    for name, p in module.named_parameters(recurse=False):
-        if name.startswith(prefix):
+    own = dict(module.named_parameters(recurse=False))
+    for k in range(getattr(module, "num_layers", 1)):
+        for direction in ("", "_reverse") if getattr(module, "bidirectional", False) else ("",):
+            layer = f"_l{k}{direction}" if isinstance(module, nn.RNNBase) else ""
+            name = prefix + layer
+            p = own.get(name, own.get(name + "_orig"))  # of a pruned module
+            if p is None:
+                raise ValueError(
+                    f"init: {name} is computed from other parameters; initialise the module before "
+                    "it is parametrized"
+                )
             yield p
 
 

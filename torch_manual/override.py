@@ -42,6 +42,7 @@ class override:
     """
 
     def __init__(self) -> None:
+        self._depth = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -62,10 +63,13 @@ class override:
     def __enter__(self) -> override:
         if self._library not in _in_force:
             self._begin()
+        self._depth += 1
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.undo()
+        self._depth -= 1
+        if self._depth == 0:
+            self.undo()
 
 
 def _lstm_input(input: Tensor, hx: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:

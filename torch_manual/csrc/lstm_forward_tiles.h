@@ -208,7 +208,7 @@ INLINE auto Forward<real, tangent>::sigmoid_tanh(vec x, vec z) -> Product {
     const auto sign = sign_of<real>(z);
     return {d == one ? one : unless_closed<real>(quotient * (e + (real)2), x),
             with_sign<real>(e + (real)2 == e ? one : product * d, sign),
-            unless_closed<real>(with_sign<real>(product, sign), x)};
+            through_gate<real>(with_sign<real>(product, sign), x)};
 }
 
 // Asks for memory not seen for long that the tile will read and write.

@@ -251,6 +251,12 @@ INLINE vec_of<real> unless_closed(vec_of<real> v, vec_of<real> x) {
     return x < -broadcast<real>(Vector<real>::sigmoid_limit) ? vec_of<real>{} : v;
 }
 
+// v σ(x) where v is computed as with 1 / (1 + e^limit): 0 too where σ(x) is, but for a v that is no number.
+template <typename real>
+INLINE vec_of<real> through_gate(vec_of<real> v, vec_of<real> x) {
+    return x < -broadcast<real>(Vector<real>::sigmoid_limit) ? v * (real)0 : v;
+}
+
 template <typename real>
 INLINE vec_of<real> sigmoid(vec_of<real> x) {
     return unless_closed<real>((real)1 / one_plus_exp<real>(x), x);

@@ -96,7 +96,8 @@ class CrossEntropyLossFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.ignore_index, ctx.reduction, ctx.label_smoothing = inputs
+        *tensors, ctx.ignore_index, ctx.reduction, smoothing = inputs
+        ctx.label_smoothing = max(smoothing, 0.0)  # as in stock, which takes negative ones for none
         ctx.save_for_backward(*tensors)
 
     @staticmethod

@@ -80,9 +80,10 @@ def lstm_layer(
     Saved for backward: x, h0, c0, weights, y, the gates (D, N, 4H) and the cells (D, N, H).
 
     Raises:
-        ValueError: a weight's shape does not fit; the message names it.
+        ValueError: a weight's or state's shape does not fit; the message names it.
         RuntimeError: tensors of different devices or dtypes.
     """
+    _check_batch(x, h0, c0, batch_sizes, len(weights))
     flat = [t for w in weights for t in w]
     if torch._C._is_any_autocast_enabled():
         x, h0, c0, *flat = autocast_cast(x, h0, c0, *flat)
@@ -92,6 +93,10 @@ def lstm_layer(
         op = torch.ops.torch_manual.lstm_layer.default
         y, h_n, c_n, cells = op(as_rows(x), h0, c0, batch_sizes, flat, return_cells)
     elif recompute is not None and torch.is_grad_enabled():
+        if type(recompute) is not int or recompute < 1:
+            raise ValueError(f"lstm: recompute must be a positive int or None, got {recompute!r}")
+        if return_cells:
+            raise ValueError("lstm: recompute keeps no cells that return_cells could return")
         y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(
             as_rows(x), h0, c0, batch_sizes, recompute, *flat
         )
@@ -213,6 +218,30 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
 
 def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _check_batch(
+    x: Tensor, h0: Tensor, c0: Tensor, batch_sizes: Tensor | None, n_directions: int
+) -> None:
+    """Refuse states that are not of the batch. The sum of batch_sizes is looked at in kernels."""
+    if n_directions not in (1, 2):
+        raise ValueError(f"lstm: weights must be of 1 or 2 directions, got {n_directions}")
+    for name, state in (("h0", h0), ("c0", c0)):
+        if state.dim() != 3 or state.shape[0] != n_directions:
+            raise ValueError(
+                f"lstm: {name} must be (D, B, ·) with D = {n_directions}, as many as there are "
+                f"weights, got {tuple(state.shape)}"
+            )
+    B = c0.shape[1]
+    if x.dim() == 3 and batch_sizes is None:
+        fits = x.shape[1] == B
+    else:
+        fits = x.dim() == 2 and (batch_sizes is not None or (B > 0 and x.shape[0] % B == 0))
+    if not fits or h0.shape[1] != B:
+        raise ValueError(
+            "lstm: x must be (T, B, I), or (N, I) rows of B sequences, h0 and c0 (D, B, ·), got "
+            f"{tuple(x.shape)}, {tuple(h0.shape)} and {tuple(c0.shape)}"
+        )
 
 
 def check_arguments(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:

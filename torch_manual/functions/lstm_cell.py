@@ -46,8 +46,15 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
         h_t and c_t, (B, H) each.
 
     Saved for backward: x, h_{t-1}, c_{t-1}, weights, the gates (1, B, 4H) and c_t (1, B, H).
+
+    Raises:
+        ValueError: a shape does not fit; the message names it.
+        RuntimeError: tensors of different devices or dtypes.
     """
     h, c = hx
+    if not x.dim() == h.dim() == c.dim() == 2 or not len(x) == len(h) == len(c):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, h, c))
+        raise ValueError(f"lstm: x must be (B, I), h and c (B, ·), got {shapes}")
     cast = torch._C._is_any_autocast_enabled()
     if cast or torch.compiler.is_compiling() or transforms_are_active():
         if cast:

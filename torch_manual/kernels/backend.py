@@ -56,7 +56,8 @@ class use_backend:
     too, when TRITON_INTERPRET=1).
 
     The choice takes effect at once and, used as a context manager, is undone on exit. It is global
-    to the process, not to a thread, because autograd may run a backward pass on threads of its own.
+    to the process, not to a thread, because autograd may run a backward pass on threads of its own:
+    `with` blocks of two threads that overlap undo each other's choice. An object serves one block.
 
     Raises:
         ValueError: `name` is none of the four.

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_cases import CASES, Case, cast, each, normal, some
+from torch_manual.functional import cross_entropy
 from torch_manual.functions.layer_norm import layer_norm
 from torch_manual.functions.linear import linear
 from torch_manual.functions.two_linear import two_linear
@@ -180,3 +181,9 @@ def test_autocast(id):
         mine, theirs = case(ours, inputs), case(stock, inputs)
     assert [t.dtype for t in mine] == [torch.bfloat16] + [torch.float32] * len(inputs)
     assert_close(mine, theirs)
+
+
+def test_negative_label_smoothing_is_none():
+    """As in stock, in the backward pass as in the forward pass."""
+    x, target = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.arange(4)
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target, label_smoothing=-0.1), x)

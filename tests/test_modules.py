@@ -281,10 +281,19 @@ def bad_calls_of_the_functions():
         "states": (lambda: lstm_layer(x, h[:, :2], h[:, :2], weights()), batch),
         "rows": (lambda: lstm_layer(rows[:16], h, h, weights()), batch),
         "no states": (lambda: lstm_layer(rows, h[:, :0], h[:, :0], weights()), batch),
-        "weights": (lambda: lstm_layer(x, two, two, weights()), r"h0 must be .* D = 1, as many"),
-        "one state": (lambda: lstm_layer(x, h, h, weights(2)), r"h0 must be .* D = 2, as many"),
-        "c0 of one": (lambda: lstm_layer(x, two, h, weights(2)), r"c0 must be .* D = 2, as many"),
-        "2-D": (lambda: lstm_layer(x, h[0], h[0], weights()), r"h0 must be .*got \(3, 7\)"),
+        "weights": (
+            lambda: lstm_layer(x, two, two, weights()),
+            r"h0 and c0 .* D = 1, as many",
+        ),
+        "one state": (
+            lambda: lstm_layer(x, h, h, weights(2)),
+            r"h0 and c0 .* D = 2, as many",
+        ),
+        "c0 of one": (
+            lambda: lstm_layer(x, two, h, weights(2)),
+            r"h0 and c0 .* D = 2, as many",
+        ),
+        "2-D": (lambda: lstm_layer(x, h[0], h[0], weights()), r"h0 and c0 must be .*got \(3, 7\)"),
         "none": (lambda: lstm_layer(x, h, h, []), "weights must be of 1 or 2 directions, got 0"),
         "three": (lambda: lstm_layer(x, h, h, weights(3)), "of 1 or 2 directions, got 3"),
         "cell": (lambda: lstm_cell(x[0], (h[0, :1], h[0, :1]), *weights()), cell),

@@ -399,6 +399,21 @@ def test_exported_modules_train(cls, kwargs, strict):
             assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_transforms_of_exported_modules(strict):
+    module = torch_manual.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    exported = torch.export.export(module, (x,), strict=strict).module()
+
+    def of(f):
+        return lambda x: f(x)[0].sin().sum()
+
+    for transform in (grad, hessian, lambda f: vmap(grad(f)), lambda f: vmap(f), jacfwd):
+        given = torch.stack([x, -x]) if "lambda" in transform.__name__ else x
+        found, expected = (transform(of(f))(given) for f in (exported, module))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_saved_tensors_hooks():
     module = torch_manual.LSTM(3, 4)
     x = torch.randn(5, 2, 3)

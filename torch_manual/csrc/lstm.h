@@ -262,9 +262,10 @@ inline Outcome outcome_of(const Barrier* barriers, const Grid& grid, int64_t wai
     return waited > enough && waited > to_wake ? CROWDED : DONE;
 }
 
-// Whether the threads that share so many places have about as much to do.
-inline bool alike(const Sizes& sizes, int64_t places, int64_t threads) {
-    return !sizes.batch_sizes && places % threads == 0;
+// Whether so many threads at the places of a grid have about as much to do.
+inline bool alike(const Sizes& sizes, const Grid& grid, int64_t threads) {
+    const bool batches = sizes.B % grid.batches == 0 || sizes.B >= 8 * grid.batches;
+    return !sizes.batch_sizes && batches && sizes.D % grid.directions == 0 && grid.size() % threads == 0;
 }
 
 // Runs both directions of a Forward or Backward pass on the grid. `Pass` has plan(), start(), prepare(),
@@ -295,7 +296,7 @@ Outcome run_layer(const Arguments& a) {
             directions[d].run(role.part, role.batch);
         });
     });
-    const bool comparable = alike(sizes, sizes.grid.size(), wanted);
+    const bool comparable = alike(sizes, sizes.grid, wanted);
     return outcome_of(barriers, sizes.grid, comparable ? waited : 0, begun);
 }
 

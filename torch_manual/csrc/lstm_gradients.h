@@ -94,7 +94,7 @@ struct Gradients {
     // Whether all threads have about as much to do before they meet.
     bool comparable() const {
         const int64_t n = threads();
-        return alike(sizes, shares, n) && alike(sizes, sizes.grid.size(), n) && alike(sizes, again.size(), n);
+        return shares % n == 0 && alike(sizes, sizes.grid, n) && alike(sizes, again, n);
     }
 
     void plan(Workspace& workspace) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,8 @@ def wanted_by_engine(ctx: Any, are_tensors: Sequence[bool]) -> list[bool]:
     Args:
         are_tensors: which of the inputs of `forward` are.
     """
+    if in_compiled_autograd():
+        return list(ctx.needs_input_grad)
     nodes = iter(ctx.next_functions)  # of the tensors
     each = [next(nodes)[0] if is_tensor else None for is_tensor in are_tensors]
     return [node is not None and _will_run(node) for node in each]
@@ -72,6 +75,11 @@ def _will_run(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # it says so of a leaf whose gradient is asked for
         return True
+
+
+def in_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")  # who uses it has imported it
+    return module is not None and module.in_compiled_autograd_region
 
 
 def keep_signature(forward: Callable) -> Callable:

@@ -83,12 +83,13 @@ def lstm_layer(
         ValueError: a weight's or state's shape does not fit; the message names it.
         RuntimeError: tensors of different devices or dtypes.
     """
-    _check_batch(x, h0, c0, batch_sizes, len(weights))
+    of_x, of_h, of_c = x.shape, h0.shape, c0.shape
+    _check_batch(of_x, of_h, of_c, batch_sizes, len(weights))
     flat = [t for w in weights for t in w]
     if torch._C._is_any_autocast_enabled():
         x, h0, c0, *flat = autocast_cast(x, h0, c0, *flat)
         weights = by_direction(flat)
-    check_arguments(x, h0, c0, weights)
+    check_arguments((of_x[-1], of_h[-1], of_c[-1]), x, h0, c0, weights)
     if torch.compiler.is_exporting():
         op = torch.ops.torch_manual.lstm_layer.default
         y, h_n, c_n, cells = op(as_rows(x), h0, c0, batch_sizes, flat, return_cells)
@@ -221,31 +222,37 @@ def transforms_are_active() -> bool:
 
 
 def _check_batch(
-    x: Tensor, h0: Tensor, c0: Tensor, batch_sizes: Tensor | None, n_directions: int
+    of_x: Sequence[int],
+    of_h: Sequence[int],
+    of_c: Sequence[int],
+    batch_sizes: Tensor | None,
+    n_directions: int,
 ) -> None:
-    """Refuse states that are not of the batch. The sum of batch_sizes is looked at in kernels."""
+    """Refuse shapes of states that are not of the batch. batch_sizes are looked at in kernels."""
     if n_directions not in (1, 2):
         raise ValueError(f"lstm: weights must be of 1 or 2 directions, got {n_directions}")
-    for name, state in (("h0", h0), ("c0", c0)):
-        if state.dim() != 3 or state.shape[0] != n_directions:
-            raise ValueError(
-                f"lstm: {name} must be (D, B, ·) with D = {n_directions}, as many as there are "
-                f"weights, got {tuple(state.shape)}"
-            )
-    B = c0.shape[1]
-    if x.dim() == 3 and batch_sizes is None:
-        fits = x.shape[1] == B
+    if not len(of_h) == len(of_c) == 3 or not of_h[0] == of_c[0] == n_directions:
+        raise ValueError(
+            f"lstm: h0 and c0 must be (D, B, ·) with D = {n_directions}, as many as there are "
+            f"weights, got {tuple(of_h)} and {tuple(of_c)}"
+        )
+    B = of_c[1]
+    if len(of_x) == 3 and batch_sizes is None:
+        fits = of_x[1] == B
     else:
-        fits = x.dim() == 2 and (batch_sizes is not None or (B > 0 and x.shape[0] % B == 0))
-    if not fits or h0.shape[1] != B:
+        fits = len(of_x) == 2 and (batch_sizes is not None or (B > 0 and of_x[0] % B == 0))
+    if not fits or of_h[1] != B:
         raise ValueError(
             "lstm: x must be (T, B, I), or (N, I) rows of B sequences, h0 and c0 (D, B, ·), got "
-            f"{tuple(x.shape)}, {tuple(h0.shape)} and {tuple(c0.shape)}"
+            f"{tuple(of_x)}, {tuple(of_h)} and {tuple(of_c)}"
         )
 
 
-def check_arguments(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]) -> None:
-    I, P, H, dtype, device = x.shape[-1], h0.shape[-1], c0.shape[-1], x.dtype, x.device
+def check_arguments(
+    sizes: tuple[int, int, int], x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[LSTMWeights]
+) -> None:
+    """Refuse what does not fit together, given I, P and H."""
+    (I, P, H), dtype, device = sizes, x.dtype, x.device
     for state in (h0, c0):
         if state.dtype is not dtype or state.device != device:
             _refuse(x, state, "hidden")
@@ -328,4 +335,5 @@ torch.library.define(
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells)",
 )
 torch.library.impl("torch_manual::lstm_layer", "default", _exported)
-torch.library.impl("torch_manual::lstm_layer", "Autograd", _exported_with_gradients)
+for _key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # our Function knows the transforms
+    torch.library.impl("torch_manual::lstm_layer", _key, _exported_with_gradients)

@@ -9,7 +9,6 @@ the factors of its term, and when all steps have, their products are taken at on
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
-from torch_manual.functions._function import PositionalFunction
+from torch_manual.functions._function import PositionalFunction, in_compiled_autograd
 from torch_manual.functions.lstm import (
     any_requires_grad,
     check_arguments,
@@ -52,9 +51,12 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
         RuntimeError: tensors of different devices or dtypes.
     """
     h, c = hx
-    if not x.dim() == h.dim() == c.dim() == 2 or not len(x) == len(h) == len(c):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (x, h, c))
-        raise ValueError(f"lstm: x must be (B, I), h and c (B, ·), got {shapes}")
+    of_x, of_h, of_c = x.shape, h.shape, c.shape
+    if not len(of_x) == len(of_h) == len(of_c) == 2 or not of_x[0] == of_h[0] == of_c[0]:
+        raise ValueError(
+            "lstm: x must be (B, I), h and c (B, ·), got "
+            f"{tuple(of_x)}, {tuple(of_h)} and {tuple(of_c)}"
+        )
     cast = torch._C._is_any_autocast_enabled()
     if cast or torch.compiler.is_compiling() or transforms_are_active():
         if cast:
@@ -62,7 +64,7 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
         with autocast_off(x):
             h, _, c_n = lstm_layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights])
         return h, c_n.squeeze(0)
-    check_arguments(x, h, c, [weights])
+    check_arguments((of_x[1], of_h[1], of_c[1]), x, h, c, [weights])
     if torch.is_grad_enabled() and any_requires_grad(x, h, c, *weights):
         return LSTMCellFunction.apply(x, h, c, _of_loop(x, h, c, weights), *weights)
     h, c = lstm_step(x, h, c, weights, save=False)
@@ -77,11 +79,12 @@ def _cast(
     On a GPU all is cast. On a CPU the products' factors are, and the states keep the precision in
     which they come, as in stock.
     """
+    factors: Sequence[Any] = autocast_cast(x, h, *weights)
     if c.is_cpu and c.dtype == torch.float32:
-        x, h, *flat = (None if t is None else t.to(c.dtype) for t in autocast_cast(x, h, *weights))
+        factors = [None if t is None else t.to(c.dtype) for t in factors]
     else:
-        x, h, c, *flat = autocast_cast(x, h, c, *weights)
-    return x, h, c, LSTMWeights(*flat)
+        (c,) = autocast_cast(c)
+    return factors[0], factors[1], c, LSTMWeights(*factors[2:])
 
 
 class LSTMCellFunction(PositionalFunction):
@@ -149,7 +152,7 @@ class LoopSumsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        if _in_compiled_autograd():
+        if in_compiled_autograd():
             return tuple(map(_zeros, ctx.weights))
         sums = ctx.sums.pop(torch._C._current_graph_task_id(), None)
         return NOTHING if sums is None else sums.total()
@@ -220,21 +223,16 @@ def _step_before(state: Tensor, weights: LSTMWeights) -> Any:
 
 def _zeros(like: Tensor | None) -> Tensor | None:
     """None, but in compiled autograd, which adds up gradients whether or not they are None."""
-    if like is None or not _in_compiled_autograd():
+    if like is None or not in_compiled_autograd():
         return None
     return torch.zeros_like(like)
-
-
-def _in_compiled_autograd() -> bool:
-    module = sys.modules.get("torch._dynamo.compiled_autograd")  # who uses it has imported it
-    return module is not None and module.in_compiled_autograd_region
 
 
 def _sums_of_loop(of_loop: Tensor | None, needs: Sequence[bool]) -> _LoopSums | None:
     """Where a step leaves its term, or None if it is to return it."""
     task = torch._C._current_graph_task_id()
     node: Any = None if of_loop is None else of_loop.grad_fn
-    if node is None or task == -1 or _in_compiled_autograd():
+    if node is None or task == -1 or in_compiled_autograd():
         return None
     if not torch._C._will_engine_execute_node(node):
         return None

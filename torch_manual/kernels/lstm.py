@@ -323,7 +323,7 @@ def dispatched(*tensors: Tensor | None) -> bool:
         if kind is Tensor:
             if is_legacy_batchedtensor(t) or not t.is_cpu or t.is_neg():
                 return True
-        elif kind is not Parameter or not t.is_cpu:
+        elif kind is not Parameter:  # these are where the other tensors are
             return True
     return False
 

@@ -6,7 +6,6 @@ parameters hold the four gates one after another in the order i, f, g, o.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -23,20 +22,28 @@ def _lstm(module: nn.Module, caller: str) -> None:
         raise TypeError(f"{caller}: module must be an LSTM or an LSTMCell, got {type(module)}")
 
 
-def _parameters(module: nn.Module, prefix: str) -> Iterator[Tensor]:
-    """Every parameter of that name: of each layer and direction."""
+def _parameters(module: nn.Module, prefix: str) -> list[Tensor]:
+    """The parameters of that name: of each layer and direction."""
     own = dict(module.named_parameters(recurse=False))
-    for k in range(getattr(module, "num_layers", 1)):
-        for direction in ("", "_reverse") if getattr(module, "bidirectional", False) else ("",):
-            layer = f"_l{k}{direction}" if isinstance(module, nn.RNNBase) else ""
-            name = prefix + layer
-            p = own.get(name, own.get(name + "_orig"))  # of a pruned module
-            if p is None:
-                raise ValueError(
-                    f"init: {name} is computed from other parameters; initialise the module before "
-                    "it is parametrized"
-                )
-            yield p
+    suffixes = [""]
+    if isinstance(module, nn.RNNBase):
+        directions = ("", "_reverse") if module.bidirectional else ("",)
+        suffixes = [f"_l{k}{d}" for k in range(module.num_layers) for d in directions]
+    found = []
+    for name in (prefix + suffix for suffix in suffixes):
+        p = own.get(name, own.get(name + "_orig"))  # of a pruned module
+        if p is None:
+            raise ValueError(
+                f"init: {name} is computed from other parameters; initialise the module before "
+                "it is parametrized"
+            )
+        found.append(p)
+    return found
+
+
+def _biases(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    pairs = _parameters(module, "bias_ih"), _parameters(module, "bias_hh")
+    return list(zip(*pairs, strict=True))
 
 
 @torch.no_grad()
@@ -54,9 +61,9 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
     _lstm(module, "forget_bias_")
     if not module.bias:
         raise ValueError("forget_bias_: module has no bias (bias=False)")
-    for prefix, filled in (("bias_ih", value), ("bias_hh", 0.0)):
-        for p in _parameters(module, prefix):
-            p.chunk(4)[1].fill_(filled)
+    for bias_ih, bias_hh in _biases(module):
+        bias_ih.chunk(4)[1].fill_(value)
+        bias_hh.chunk(4)[1].zero_()
     return module
 
 
@@ -96,9 +103,8 @@ def chrono_(module: M, max_length: int, min_length: int = 2) -> M:
             "chrono_: expected 2 <= min_length <= max_length, "
             f"got min_length={min_length}, max_length={max_length}"
         )
-    for bias_hh in _parameters(module, "bias_hh"):
+    for bias_ih, bias_hh in _biases(module):
         bias_hh.zero_()
-    for bias_ih in _parameters(module, "bias_ih"):
         b_i, b_f, b_g, b_o = bias_ih.chunk(4)
         b_f.uniform_(min_length - 1, max_length - 1).log_()
         b_i.copy_(-b_f)

@@ -67,9 +67,9 @@ struct Gradients {
           shares(most(a.threads, most(sizes.grid.size(), a.forward_grid.size()))) {
         backward_args = {sizes,  a.dy, a.stride_dy, a.dh_n, a.dc_n,  a.dcells, a.c0, a.gates,
                          a.cells, a.dpre, a.dh,  a.dh0,  a.dc0, {a.weights[0], a.weights[1]}};
-        Sizes again = sizes;
-        again.grid = a.forward_grid;
-        forward_args = {again,   a.unpacked, 0,       0,       a.x,     a.h0,    a.c0,
+        Sizes forward_sizes = sizes;
+        forward_sizes.grid = a.forward_grid;
+        forward_args = {forward_sizes, a.unpacked, 0,       0,       a.x,     a.h0,    a.c0,
                         nullptr, nullptr,    nullptr, nullptr, nullptr, nullptr, nullptr,
                         {a.weights[0], a.weights[1]}};
         const int64_t stride_dpre = Backward<real>::stride_of(a.dpre, H);

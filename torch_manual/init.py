@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,7 +22,7 @@ def _lstm(module: nn.Module, caller: str) -> None:
         raise TypeError(f"{caller}: module must be an LSTM or an LSTMCell, got {type(module)}")
 
 
-def _parameters(module: nn.Module, prefix: str) -> list[Tensor]:
+def _parameters(module: nn.Module, prefix: str) -> list[nn.Parameter]:
     """The parameters of that name: of each layer and direction."""
     own = dict(module.named_parameters(recurse=False))
     suffixes = [""]
@@ -41,7 +41,7 @@ def _parameters(module: nn.Module, prefix: str) -> list[Tensor]:
     return found
 
 
-def _biases(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def _biases(module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     pairs = _parameters(module, "bias_ih"), _parameters(module, "bias_hh")
     return list(zip(*pairs, strict=True))
 

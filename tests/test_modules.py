@@ -303,7 +303,7 @@ def bad_calls_of_the_functions():
         "recompute 2.5": (lambda: lstm_layer(x, h, h, weights(), recompute=2.5), "positive int"),
         "recompute and cells": (
             lambda: lstm_layer(x, h, h, weights(), recompute=2, return_cells=True),
-            "keeps no cells",
+            "recompute saves nothing when return_cells=True keeps every c_t",
         ),
     }
 

@@ -108,6 +108,8 @@ def _part(gates: list[str]) -> str:
     return f"the rows of gate{'s' if len(gates) > 1 else ''} {', '.join(gates)} are"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def gradcheck(
     fn: nn.Module | Callable[..., Any],
     inputs: Any,
@@ -155,22 +157,8 @@ def gradcheck(
     if samples is not None and (type(samples) is not int or samples < 1):
         raise ValueError(f"gradcheck: samples must be None or an int of at least 1, got {samples}")
 
-    with torch.inference_mode(False), torch.enable_grad():
-        return _checked(fn, inputs, eps, atol, rtol, samples, gates or {}, seed)
-
-
-def _checked(
-    fn: nn.Module | Callable[..., Any],
-    inputs: Any,
-    eps: float,
-    atol: float,
-    rtol: float,
-    samples: int | None,
-    gates: Mapping[str, Sequence[str]],
-    seed: int,
-) -> GradcheckReport:
     problem = prepare(fn, inputs, seed)
-    stacked = _gates_of(problem, gates)
+    stacked = _gates_of(problem, gates or {})
     outputs = outputs_of(problem, eps)
     draws = draw_cotangents(outputs, seed)
     gradients, failures = analytic(problem, draws)

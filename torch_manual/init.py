@@ -25,12 +25,11 @@ def _lstm(module: nn.Module, caller: str) -> None:
 def _parameters(module: nn.Module, prefix: str) -> list[nn.Parameter]:
     """The parameters of that name: of each layer and direction."""
     own = dict(module.named_parameters(recurse=False))
-    suffixes = [""]
-    if isinstance(module, nn.RNNBase):
-        directions = ("", "_reverse") if module.bidirectional else ("",)
-        suffixes = [f"_l{k}{d}" for k in range(module.num_layers) for d in directions]
+    names = module._flat_weights_names if isinstance(module, nn.RNNBase) else [prefix]
     found = []
-    for name in (prefix + suffix for suffix in suffixes):
+    for name in names:
+        if not name.startswith(prefix):
+            continue
         p = own.get(name, own.get(name + "_orig"))  # of a pruned module
         if p is None:
             raise ValueError(

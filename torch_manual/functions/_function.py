@@ -36,6 +36,11 @@ class PositionalFunction(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+def is_wrapped(t: Tensor | None) -> bool:
+    """Whether it comes from a transform, be it over, or from autograd's own vmap."""
+    return t is not None and (is_functorch_wrapped_tensor(t) or is_legacy_batchedtensor(t))
+
+
 def _sample_by_sample(function: Callable, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
     """`function` of every sample of `args` that autograd's own vmap has batched."""
     level = torch._C._vmapmode_increment_nesting() - 1

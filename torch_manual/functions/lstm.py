@@ -15,11 +15,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
-from torch_manual.functions._function import PositionalFunction, keep_signature, one_node
+from torch_manual.functions._function import (
+    PositionalFunction,
+    is_wrapped,
+    keep_signature,
+    one_node,
+)
 from torch_manual.functions.lstm_compiled import lstm_gradients_op
 from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
 from torch_manual.functions.lstm_gradients import Primal, Tensors, lstm_gradients
@@ -94,10 +98,7 @@ def lstm_layer(
         op = torch.ops.torch_manual.lstm_layer.default
         y, h_n, c_n, cells = op(as_rows(x), h0, c0, batch_sizes, flat, return_cells)
     elif recompute is not None and torch.is_grad_enabled():
-        if type(recompute) is not int or recompute < 1:
-            raise ValueError(f"lstm: recompute must be a positive int or None, got {recompute!r}")
-        if return_cells:
-            raise ValueError("lstm: recompute keeps no cells that return_cells could return")
+        check_recompute(recompute, return_cells)
         y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(
             as_rows(x), h0, c0, batch_sizes, recompute, *flat
         )
@@ -188,7 +189,7 @@ def gradients_of(
     elif (
         torch.is_grad_enabled()
         or transforms_are_active()
-        or any(map(_is_wrapped, (*outer, Primal.of(saved).y)))
+        or any(map(is_wrapped, (*outer, Primal.of(saved).y)))
     ):
         gradients = LSTMGradientFunction.apply(needs, *outer, *saved)
     else:
@@ -208,17 +209,19 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any_requires_grad(*tensors)
 
 
-def _is_wrapped(t: Tensor | None) -> bool:
-    """Whether it comes from a transform, be it over, or from autograd's own vmap."""
-    return t is not None and (is_functorch_wrapped_tensor(t) or is_legacy_batchedtensor(t))
-
-
 def any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
 def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check_recompute(recompute: object, return_cells: bool) -> None:
+    if type(recompute) is not int or recompute < 1:
+        raise ValueError(f"recompute must be a positive int or None, got {recompute!r}")
+    if return_cells:
+        raise ValueError("recompute saves nothing when return_cells=True keeps every c_t")
 
 
 def _check_batch(
@@ -301,15 +304,8 @@ def _refuse(x: Tensor, other: Tensor, kind: str) -> NoReturn:
 # has no gradient: there the graph of the backward pass stands beside it.
 
 
-def _exported(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    batch_sizes: Tensor | None,
-    weights: Sequence[Tensor | None],
-    return_cells: bool,
-) -> tuple[Tensor, ...]:
-    y, h_n, c_n, _, cells = lstm_forward(x, h0, c0, batch_sizes, weights, return_cells)
+def _exported(*args: Any) -> tuple[Tensor, ...]:
+    y, h_n, c_n, _, cells = lstm_forward(*args)
     return y, h_n, c_n, cells
 
 

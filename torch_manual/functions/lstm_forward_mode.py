@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_manual.functions._autocast import autocast_off
+from torch_manual.functions._function import is_wrapped
 from torch_manual.kernels.lstm_dual import lstm_dual
 from torch_manual.kernels.rows import as_before, as_rows
 
 _functorch = torch._C._functorch
-_is_wrapped = _functorch.is_functorch_wrapped_tensor
-_is_batched = _functorch.is_legacy_batchedtensor
+_of_functorch = _functorch.is_functorch_wrapped_tensor
 _JVP = _functorch.TransformType.Jvp
 # Those of forward_ad but for what torch.export needs, which does not come here.
 _make_dual, _unpack_dual = torch._VF._make_dual, torch._VF._unpack_dual
@@ -52,7 +52,7 @@ def lstm_forward_mode(
     parts = [_unpack(t, level) for t in (x, h0, c0, *weights)]
     reverse = torch.is_grad_enabled()
     tensors = [t for dual in parts for t in dual if t is not None]
-    if any((reverse and t.requires_grad) or _is_wrapped(t) or _is_batched(t) for t in tensors):
+    if any((reverse and t.requires_grad) or is_wrapped(t) for t in tensors):
         return None
     (x, tx), (h0, th0), (c0, tc0) = parts[:3]  # type: ignore[assignment]
     weights, tweights = zip(*parts[3:], strict=True)
@@ -78,7 +78,7 @@ def lstm_forward_mode(
 
 def _unpack(t: Tensor | None, level: int | None) -> tuple[Tensor | None, Tensor | None]:
     """A primal and its tangent, or None for none; out of functorch's wrappers of `level`."""
-    if t is None or (level is not None and not _is_wrapped(t)):
+    if t is None or (level is not None and not _of_functorch(t)):
         return t, None
     primal, tangent = _unpack_dual(t, level=forward_ad._current_level)
     if level is not None:

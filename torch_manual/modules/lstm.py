@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from torch_manual.functions.lstm import LSTMWeights, lstm_layer
+from torch_manual.functions.lstm import LSTMWeights, check_recompute, lstm_layer
 from torch_manual.functions.lstm_cell import lstm_cell
 
 CELL_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -71,10 +71,8 @@ class LSTM(nn.RNNBase):
         return_cells: bool = False,
         recompute: int | None = None,
     ) -> None:
-        if recompute is not None and (type(recompute) is not int or recompute < 1):
-            raise ValueError(f"recompute must be a positive int or None, got {recompute!r}")
-        if recompute is not None and return_cells:
-            raise ValueError("recompute saves nothing when return_cells=True keeps every c_t")
+        if recompute is not None:
+            check_recompute(recompute, return_cells)
         super().__init__(
             "LSTM",
             input_size,

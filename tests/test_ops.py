@@ -5,6 +5,7 @@ import torch
 
 import torch_manual
 from cases import SAMPLES
+from torch_manual.kernels import cpu_gradients
 from torch_manual.kernels.lstm import by_direction
 from torch_manual.kernels.rows import previous, steps
 
@@ -44,6 +45,12 @@ def test_opcheck(sample, dtype, peephole):
     for needs in (present, [k % 2 == 0 and given for k, given in enumerate(present)]):
         given = needs, y, h_n, c_n, cells, *primal, weights
         torch.library.opcheck(ops.lstm_gradients.default, given, test_utils=checks)
+    for by_kernel in {cpu_gradients.does(x, weights), False}:
+        given = *args, 2, by_kernel
+        torch.library.opcheck(ops.lstm_recompute.default, given, test_utils=checks)
+        y, _, _, c_starts = ops.lstm_recompute(*given)
+        given = present, y, h_n, None, x, h0, c0, batch_sizes, y, c_starts, weights, 2, by_kernel
+        torch.library.opcheck(ops.lstm_recompute_gradients.default, given, test_utils=checks)
     dpre, h_prev = gates[0], previous(y[:, : h0.shape[2]], h0[0], batch_sizes)
     for given in ((x, h_prev, True), (None, h_prev, False), (x, None, True)):
         torch.library.opcheck(ops.lstm_weight_sums.default, (dpre, *given), test_utils=checks)

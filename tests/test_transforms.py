@@ -1,8 +1,6 @@
 """Second order, forward mode, vmap, per-sample gradients, torch.func, compile and export."""
 
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -238,126 +236,6 @@ def test_jvp_and_vjp_agree():
     left = sum((a * b).sum() for a, b in zip(tout, cotangents, strict=True))
     right = sum((a * b).sum() for a, b in zip(tangents, pull(cotangents), strict=True))
     torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-
-
-COMPILED = [
-    {},
-    {"num_layers": 2, "bidirectional": True},
-    {"proj_size": 3, "batch_first": True},
-    {"num_layers": 2, "dropout": 0.3, "bias": False},
-]
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_fullgraph(backend):
-    for kwargs in COMPILED if backend == "aot_eager" else COMPILED[1:2]:
-        torch._dynamo.reset()
-        module = torch_manual.PeepholeLSTM(3, 4, **kwargs).eval()
-        compiled = torch.compile(module, fullgraph=True, backend=backend)
-        x = torch.randn(5, 2, 3, requires_grad=True)
-        leaves = [x, *module.parameters()]
-        results = []
-        for m in (module, compiled):
-            y, (h_n, c_n) = m(x)
-            loss = y.sin().sum() + (h_n * c_n[..., : h_n.shape[-1]]).sum()
-            results.append((y, *torch.autograd.grad(loss, leaves)))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x)[0], module(x)[0])
-
-
-def test_compile_with_states_and_cells():
-    torch._dynamo.reset()
-    module = torch_manual.LSTM(3, 4, return_cells=True)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    s = torch.randn(1, 2, 4)
-    x = torch.randn(5, 2, 3)
-    for states in ((s, s), (s, s.cos())):
-        for a, b in zip(module(x, states), compiled(x, states), strict=True):
-            torch.testing.assert_close(a, b)
-    cell = torch_manual.LSTMCell(3, 4)
-    h, c = torch.compile(cell, fullgraph=True, backend="aot_eager")(x[0])
-    torch.testing.assert_close(h, cell(x[0])[0])
-
-
-def test_compiled_gradients_are_the_eager_ones():
-    """To the bit, whatever is asked for: a graph runs the same kernel on the same numbers."""
-    torch._dynamo.reset()
-    module = torch_manual.LSTM(3, 4, bidirectional=True)
-    frozen = torch_manual.LSTM(3, 4, bidirectional=True).requires_grad_(False)
-    frozen.weight_hh_l0.requires_grad_()
-    for m in (module, frozen):
-        compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
-        for x in (torch.randn(5, 2, 3), torch.randn(5, 2, 3, requires_grad=True)):
-            leaves = [t for t in (x, *m.parameters()) if t.requires_grad]
-            eager, traced = (
-                torch.autograd.grad(f(x)[0].square().sum(), leaves) for f in (m, compiled)
-            )
-            for a, b in zip(eager, traced, strict=True):
-                assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 3}])
-def test_compiled_transforms(kwargs):
-    """torch.func under fullgraph compilation."""
-    module = torch_manual.PeepholeLSTM(3, 4, dtype=torch.float64, **kwargs)
-    parameters = {name: p.detach() for name, p in module.named_parameters()}
-    xs = torch.randn(3, 5, 2, 3, dtype=torch.float64)
-
-    def loss(parameters, x):
-        return functional_call(module, parameters, (x,))[0].square().sum()
-
-    def along(x):
-        return jvp(lambda x: module(x)[0], (x,), (x.cos(),))
-
-    for f, args in (
-        (lambda p, x: grad(loss)(p, x), (parameters, xs[0])),
-        (lambda p, xs: vmap(grad(loss), (None, 0))(p, xs), (parameters, xs)),
-        (lambda xs: vmap(lambda x: module(x)[0])(xs), (xs,)),
-        (along, (xs[0].clone(),)),  # of a view: torch fails at plain operations too
-    ):
-        torch._dynamo.reset()
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*args), f(*args), rtol=1e-11, atol=1e-12)
-
-
-def test_dynamo_is_imported_by_those_who_compile_only():
-    code = "import sys, torch, torch_manual; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_one_compiled_graph_serves_three_lengths():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    module = torch_manual.LSTM(3, 4)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
-    for T, B in ((4, 2), (6, 3), (9, 5)):
-        x = torch.randn(T, B, 3)
-        torch.testing.assert_close(compiled(x)[0], module(x)[0])
-        compiled(x)[0].sum().backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_one_compiled_gradient_serves_three_lengths():
-    """A whole step, forward and backward pass, in one graph. (Weights are inputs of it: dynamic
-    sizes that are equal when it is traced are taken for one, so T and B are none of theirs.)"""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    module = torch_manual.LSTM(3, 4, 2)
-
-    def loss(parameters, x):
-        return functional_call(module, parameters, (x,))[0].square().sum()
-
-    compiled = torch.compile(grad(loss), fullgraph=True, dynamic=True, backend="aot_eager")
-    for T, B in ((5, 2), (6, 3), (9, 5)):
-        x = torch.randn(T, B, 3)
-        found = compiled({name: p.detach() for name, p in module.named_parameters()}, x)
-        module.zero_grad()
-        module(x)[0].square().sum().backward()
-        for name, p in module.named_parameters():
-            assert torch.equal(found[name], p.grad)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_export_with_dynamic_length():

@@ -284,6 +284,53 @@ def test_persistent_without_its_barrier_is_wrong(monkeypatch, module):
     assert not all(map(torch.equal, all_at_once, steps))
 
 
+@pytest.mark.parametrize("module", [step, step_backward], ids=["forward", "backward"])
+def test_a_barrier_that_never_opens_is_an_error(monkeypatch, module):
+    @triton.jit
+    def given_up(arrived_ptr, expected, error_ptr):
+        tl.store(error_ptr, 1)
+
+    monkeypatch.setattr(module, "grid_barrier", given_up)
+    with pytest.raises(RuntimeError, match="the programs of a persistent kernel did not meet"):
+        both_step_levels(LSTM, ONE_WAY, torch.float64)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_launches_on_the_device_of_its_tensors(monkeypatch, n):
+    """Triton takes the current device, which may be another one."""
+    entered, devices = [], []
+
+    @contextlib.contextmanager
+    def device_of(t):
+        entered.append(t.device)
+        yield
+        entered.pop()
+
+    def seen(function):
+        def launch(*args, **options):
+            devices.extend(entered[-1:] or ["current"])
+            return function(*args, **options)
+
+        return launch
+
+    from torch_manual.triton_kernels.lstm import pointwise, tangent
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in (pointwise, sequence, step):
+        monkeypatch.setattr(module, "forward", seen(module.forward))
+    for module in (pointwise, sequence, step_backward):
+        monkeypatch.setattr(module, "backward", seen(module.backward))
+    for name in ("step_tangent", "step_backward_tangent"):
+        monkeypatch.setattr(tangent, name, seen(getattr(tangent, name)))
+    module = LSTM.build(ODD, torch.float64)
+    x = ODD.inputs(torch.float64)[0]
+    with level(n):
+        (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+    assert len(devices) > 4
+    assert set(devices) == {x.device}
+
+
 def plant(monkeypatch, module, old, new, into=None):
     """Replace `old` by `new` in a kernel file's source; let `into` (or the launcher) use it."""
     source = open(module.__file__).read()  # noqa: SIM115

@@ -30,3 +30,8 @@ def grid_barrier(arrived_ptr, expected, error_ptr):
 def barrier(grid: tuple[int, int, int], device: torch.device) -> Tensor:
     """An error flag, and one counter for the programs of axis 0 that wait for each other."""
     return torch.zeros(1 + grid[1] * grid[2], dtype=torch.int32, device=device)
+
+
+def check(barrier: Tensor) -> None:
+    """Fail, on the device and without waiting for it, if the error flag is set."""
+    torch._assert_async(barrier[0] == 0, "lstm: the programs of a persistent kernel did not meet")

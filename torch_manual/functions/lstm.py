@@ -27,7 +27,7 @@ from torch_manual.functions._function import (
 from torch_manual.functions.lstm_compiled import lstm_gradients_op
 from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
 from torch_manual.functions.lstm_gradients import Primal, Tensors, lstm_gradients
-from torch_manual.functions.lstm_recompute import LSTMRecomputeFunction
+from torch_manual.functions.lstm_recompute import lstm_recompute
 from torch_manual.functions.lstm_second_order import (
     LSTMGradientFunction,
     LSTMTangentFunction,
@@ -99,9 +99,7 @@ def lstm_layer(
         y, h_n, c_n, cells = op(as_rows(x), h0, c0, batch_sizes, flat, return_cells)
     elif recompute is not None and torch.is_grad_enabled():
         check_recompute(recompute, return_cells)
-        y, h_n, c_n, *_ = LSTMRecomputeFunction.apply(
-            as_rows(x), h0, c0, batch_sizes, recompute, *flat
-        )
+        y, h_n, c_n = lstm_recompute(as_rows(x), h0, c0, batch_sizes, recompute, *flat)
     elif duals := lstm_forward_mode(x, h0, c0, batch_sizes, flat, return_cells):
         y, h_n, c_n, cells = duals
     elif _needs_graph(x, h0, c0, *flat):

@@ -192,6 +192,11 @@ def blocks(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[Run]:
     return runs(whole, sizes, 1, BLOCK_ROWS)
 
 
+def most_blocks(n_rows: int) -> int:
+    """How many `blocks` so many rows make at most."""
+    return n_rows // BLOCK_ROWS + 1
+
+
 def _rows(t: Tensor, rows: slice | None) -> Tensor:
     """Rows of a (…, N, K) tensor; None for all, which leaves `t` as it is."""
     return t if rows is None else t[..., rows, :]

@@ -26,7 +26,12 @@ _arguments = struct.Struct(f"{cpu.SIZES_WORDS + 4 + 6 + 17 + 4 * _N_WEIGHTS}q").
 
 
 def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) -> bool:
-    """Whether this file does, given all tensors of a call.
+    """Whether this file does, given all tensors of a call."""
+    return does(x, weights) and not dispatched(x, *others, *weights)
+
+
+def does(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether it does if nobody listens to the dispatcher.
 
     It does for dense and packed batches in float32 and float64 without projections.
     """
@@ -34,7 +39,7 @@ def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) 
         x.dtype in DTYPES
         and all(w is None for w in weights[_WEIGHT_HR::_N_WEIGHTS])
         and x.shape[0] > 0
-        and not dispatched(x, *others, *weights)
+        and x.is_cpu
         and not backend.triton_serves(x)
         and cpu_library.serves(x.dtype)
     )
@@ -43,6 +48,11 @@ def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) 
 def chunk_rows(H: int, itemsize: int) -> int:
     """How many rows of a recurrence to do before the sums over them: of 2 MiB of dpre, or 1024."""
     return (2 << 20) // (4 * H * itemsize) if H <= SMALL else 1024
+
+
+def most_segments(T: int, B: int, H: int, itemsize: int, recompute: int) -> int:
+    """How many segments of `recompute` steps or more a pass has at most."""
+    return -(-T // torch.sym_max(recompute, chunk_rows(H, itemsize) // B))
 
 
 def lstm_forward(
@@ -56,10 +66,9 @@ def lstm_forward(
     """Return y, h_n, c_n and, (segments, D, B, H), c before every segment of `recompute` steps."""
     D, B, H = c0.shape
     T, _ = cpu.steps(x.shape[0], B, batch_sizes)
-    rows = chunk_rows(H, x.element_size())
-    c_kept = x.new_empty(-(-T // max(recompute, rows // B)), D, B, H)
-    kept = 0, 0, c_kept.data_ptr()
-    return *cpu.run_forward(x, h0, c0, batch_sizes, weights, kept, recompute, rows), c_kept
+    c_kept = x.new_empty(most_segments(T, B, H, x.element_size(), recompute), D, B, H)
+    given = x, h0, c0, batch_sizes, weights, (0, 0, c_kept.data_ptr())
+    return *cpu.run_forward(*given, recompute, chunk_rows(H, x.element_size())), c_kept
 
 
 def lstm_gradients(

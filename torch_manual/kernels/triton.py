@@ -6,6 +6,7 @@ the first call, so that torch_manual needs neither Triton nor a GPU. See docs/gp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,6 +33,20 @@ def override(choose: Callable[[Shape, Chip], Plan]) -> Iterator[None]:
         yield
     finally:
         _choose = before
+
+
+def launched_beside(argument: int) -> Callable[[Callable], Callable]:
+    """Decorate a function to launch on the device of its argument of this number."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def launch(*args: object, **options: object) -> object:
+            with torch.cuda.device_of(args[argument]):
+                return function(*args, **options)
+
+        return launch
+
+    return decorate
 
 
 def chip_of(device: torch.device) -> Chip:
@@ -68,6 +83,7 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+@launched_beside(0)
 def lstm_forward(
     x: Tensor,
     h0: Tensor,
@@ -171,6 +187,7 @@ def _forward_pointwise(
     )
 
 
+@launched_beside(4)
 def lstm_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,

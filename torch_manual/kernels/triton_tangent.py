@@ -14,8 +14,10 @@ from torch import Tensor
 from torch_manual.kernels.lstm import LSTMWeights
 from torch_manual.kernels.lstm_tangent import Products, filled, filled_outer, known_tpre
 from torch_manual.kernels.rows import previous, steps
+from torch_manual.kernels.triton import launched_beside
 
 
+@launched_beside(3)
 def tangent_direction(
     products: Products,
     th: Tensor,
@@ -52,6 +54,7 @@ def tangent_direction(
     return ty, th, tc, tgates, tcells
 
 
+@launched_beside(5)
 def backward_tangent_direction(
     dh_rows: Tensor,
     dc_n: Tensor | None,

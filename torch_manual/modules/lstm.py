@@ -154,7 +154,7 @@ class LSTM(nn.RNNBase):
             c0 = x.new_zeros(self.get_expected_cell_size(x, batch_sizes))
             if not self.proj_size:
                 return c0, c0
-            return x.new_zeros(self.get_expected_hidden_size(x, batch_sizes)), c0
+            return x.new_zeros(*c0.shape[:2], self.proj_size), c0
         if len(hx) > 2:
             raise RuntimeError("lstm expects two hidden states")
         h0, c0 = hx[0], hx[1]
@@ -167,7 +167,9 @@ class LSTM(nn.RNNBase):
                 )
             if not batched:
                 h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
-        self.check_forward_args(x, (h0, c0), batch_sizes)
+        traced = batch_sizes is not None and torch.compiler.is_compiling()
+        # a graph cannot look into batch_sizes: the kernel compares them with h0 when it runs
+        self.check_forward_args(x, (h0, c0), h0.shape[1:2] if traced else batch_sizes)
         return h0, c0
 
     def _run(

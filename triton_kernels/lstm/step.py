@@ -15,7 +15,7 @@ directions, the second running from the last step to the first.
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch_manual.triton_kernels._barrier import barrier, grid_barrier
+from torch_manual.triton_kernels._barrier import barrier, check, grid_barrier
 from torch_manual.triton_kernels._graph import replay
 from torch_manual.triton_kernels._math import split_gates, step_rows
 from torch_manual.triton_kernels.lstm.gates import cell, load_peepholes, output
@@ -234,6 +234,7 @@ def forward(
 
     if persistent:
         launch(0, T)
+        check(tensors[-1])
     else:
         key = (
             *(grid, block, slices, *options.values(), precision),

@@ -10,7 +10,7 @@ product. Reference in plain torch: `_backward_direction` of torch_manual/kernels
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch_manual.triton_kernels._barrier import barrier, grid_barrier
+from torch_manual.triton_kernels._barrier import barrier, check, grid_barrier
 from torch_manual.triton_kernels._graph import replay
 from torch_manual.triton_kernels._math import step_rows
 from torch_manual.triton_kernels.lstm.gates import cell_backward, load_peepholes, output_backward
@@ -252,6 +252,7 @@ def backward(
 
     if persistent:
         launch(0, T)
+        check(tensors[-1])
     else:
         key = (
             *(grid, block, slices, *options.values(), precision),

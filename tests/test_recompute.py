@@ -138,6 +138,15 @@ def test_batched_gradients_are_refused(kwargs):
         torch.autograd.grad(y, x, torch.ones(5, *y.shape), is_grads_batched=True)
 
 
+def test_transforms_are_refused():
+    module = torch_manual.LSTM(3, 4, recompute=2)
+    x = torch.randn(9, 2, 3)
+    with pytest.raises(RuntimeError, match="with recompute there is no forward mode"):
+        torch.func.jvp(lambda x: module(x)[0], (x,), (x,))
+    with pytest.raises(RuntimeError, match="with recompute there is no vmap"):
+        torch.func.vmap(lambda x: module(x)[0], 1, 1)(x.unsqueeze(2))
+
+
 def test_arguments():
     assert "recompute=7" in repr(torch_manual.LSTM(3, 4, recompute=7))
     for bad in (0, -1, 2.0, True):

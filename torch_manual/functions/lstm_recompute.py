@@ -70,6 +70,14 @@ class LSTMRecomputeFunction(torch.autograd.Function):
         )
         return dx, dh0, dc0, None, None, *dweights
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("lstm: with recompute there is no forward mode")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        raise RuntimeError("lstm: with recompute there is no vmap")
+
 
 class LSTMRecomputeGradientFunction(torch.autograd.Function):
     """The backward pass as a node of the graph, so that differentiating it again is refused."""

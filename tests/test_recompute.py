@@ -122,6 +122,22 @@ def test_trains_where_the_stock_module_runs_out_of_memory():
     assert code["torch"] == 3
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"proj_size": 3}], ids=str)
+@pytest.mark.parametrize(("T", "B", "K"), [(5, 0, 2), (40, 3, 2**63 - 1), (40, 3, 2**70)])
+def test_empty_batches_and_segments_longer_than_any_sequence(T, B, K, kwargs):
+    plain, lean = (
+        torch_manual.LSTM(16, 64, **kwargs),
+        torch_manual.LSTM(16, 64, recompute=K, **kwargs),
+    )
+    lean.load_state_dict(plain.state_dict())
+    x = torch.randn(T, B, 16, requires_grad=True)
+    results = [
+        torch.autograd.grad(m(x)[0].square().sum(), [x, *m.parameters()]) for m in (plain, lean)
+    ]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_second_order_is_refused():
     module = torch_manual.LSTM(3, 4, recompute=2)
     x = torch.randn(9, 2, 3, requires_grad=True)

@@ -90,6 +90,8 @@ NOINLINE void pack_gates(real* to, const real* weight, const Range& of, int64_t 
             for (int64_t k = 0; k < K; k++)
                 for (int64_t g = 0; g < G; g++)
                     store(to + (first * K + k * G + g) * L, load(last + ((first + g) * K + k) * L));
+        // Somebody may have written to the weight meanwhile, and this digest be of what was there before.
+        if (digests && digest_of_gates(weight, p, H, K) != digests[p]) digests[p] = 0;
     }
 }
 

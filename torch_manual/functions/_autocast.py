@@ -26,6 +26,19 @@ def autocast_cast(*tensors: Tensor | None) -> tuple:
     )
 
 
+def autocast_factors(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None) -> tuple:
+    """Cast as autocast does where stock computes op by op: in cells, packed and projected layers.
+
+    On a GPU all is cast. On a CPU the products' factors are, and the states keep the precision in
+    which they come.
+    """
+    if not c.is_cpu or c.dtype != torch.float32 or not torch.is_autocast_enabled("cpu"):
+        return autocast_cast(x, h, c, *weights)
+    factors = autocast_cast(x, h, *weights)
+    x, h, *weights = (None if t is None else t.to(c.dtype) for t in factors)  # type: ignore[assignment]
+    return x, h, c, *weights
+
+
 def autocast_off(t: Tensor) -> AbstractContextManager:
     """A context without autocast, in which a hand-written formula computes as written."""
     if not torch._C._is_any_autocast_enabled():

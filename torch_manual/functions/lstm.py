@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torch_manual.functions._autocast import autocast_cast, autocast_off
+from torch_manual.functions._autocast import autocast_cast, autocast_factors, autocast_off
 from torch_manual.functions._function import (
     PositionalFunction,
     is_wrapped,
@@ -27,14 +27,14 @@ from torch_manual.functions._function import (
 from torch_manual.functions.lstm_compiled import lstm_gradients_op
 from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
 from torch_manual.functions.lstm_gradients import Primal, Tensors, lstm_gradients
-from torch_manual.functions.lstm_recompute import lstm_recompute
+from torch_manual.functions.lstm_recompute import MOST_STEPS, lstm_recompute
 from torch_manual.functions.lstm_second_order import (
     LSTMGradientFunction,
     LSTMTangentFunction,
     fold,
     vmap_by_loop,
 )
-from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, dispatched, lstm_forward
 from torch_manual.kernels.rows import as_before, as_rows
 
 _SHAPES = {  # those of the peepholes are theirs to choose
@@ -87,19 +87,21 @@ def lstm_layer(
         ValueError: a weight's or state's shape does not fit; the message names it.
         RuntimeError: tensors of different devices or dtypes.
     """
-    of_x, of_h, of_c = x.shape, h0.shape, c0.shape
-    _check_batch(of_x, of_h, of_c, batch_sizes, len(weights))
     flat = [t for w in weights for t in w]
-    if torch._C._is_any_autocast_enabled():
-        x, h0, c0, *flat = autocast_cast(x, h0, c0, *flat)
+    projected = weights[0].weight_hr is not None
+    autocast = torch._C._is_any_autocast_enabled()
+    if autocast:
+        cast = autocast_cast if batch_sizes is None and not projected else autocast_factors
+        x, h0, c0, *flat = cast(x, h0, c0, *flat)
         weights = by_direction(flat)
-    check_arguments((of_x[-1], of_h[-1], of_c[-1]), x, h0, c0, weights)
+    _check_layer(x, h0, c0, batch_sizes, weights)
     if torch.compiler.is_exporting():
         op = torch.ops.torch_manual.lstm_layer.default
         y, h_n, c_n, cells = op(as_rows(x), h0, c0, batch_sizes, flat, return_cells)
     elif recompute is not None and torch.is_grad_enabled():
         check_recompute(recompute, return_cells)
-        y, h_n, c_n = lstm_recompute(as_rows(x), h0, c0, batch_sizes, recompute, *flat)
+        steps = min(recompute, MOST_STEPS)
+        y, h_n, c_n = lstm_recompute(as_rows(x), h0, c0, batch_sizes, steps, *flat)
     elif duals := lstm_forward_mode(x, h0, c0, batch_sizes, flat, return_cells):
         y, h_n, c_n, cells = duals
     elif _needs_graph(x, h0, c0, *flat):
@@ -109,7 +111,11 @@ def lstm_layer(
             y, h_n, c_n, _, cells = lstm_forward(
                 as_rows(x), h0, c0, batch_sizes, flat, return_cells
             )
+        if y.dim() != x.dim() and not dispatched(y):  # a view from no_grad is not to be changed
+            y = y.resize_(*x.shape[:-1], y.shape[-1])
     y = as_before(y, x)
+    if autocast and projected:
+        y, h_n = autocast_cast(y, h_n)
     if not return_cells:
         return y, h_n, c_n
     return y, h_n, c_n, as_before(cells.movedim(0, 1).flatten(1), x)
@@ -212,7 +218,13 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
 
 
 def transforms_are_active() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether a transform is at work that differentiates or batches: functionalization does not."""
+    active = torch._C._are_functorch_transforms_active()
+    if not active or torch.compiler.is_compiling():
+        return active or forward_ad._current_level >= 0
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(layer.key() != functorch.TransformType.Functionalize for layer in stack)
 
 
 def check_recompute(recompute: object, return_cells: bool) -> None:
@@ -222,14 +234,15 @@ def check_recompute(recompute: object, return_cells: bool) -> None:
         raise ValueError("recompute saves nothing when return_cells=True keeps every c_t")
 
 
-def _check_batch(
-    of_x: Sequence[int],
-    of_h: Sequence[int],
-    of_c: Sequence[int],
+def _check_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
     batch_sizes: Tensor | None,
-    n_directions: int,
+    weights: Sequence[LSTMWeights],
 ) -> None:
-    """Refuse shapes of states that are not of the batch. batch_sizes are looked at in kernels."""
+    """Refuse what is no layer. batch_sizes are looked at in kernels."""
+    of_x, of_h, of_c, n_directions = x.shape, h0.shape, c0.shape, len(weights)
     if n_directions not in (1, 2):
         raise ValueError(f"lstm: weights must be of 1 or 2 directions, got {n_directions}")
     if not len(of_h) == len(of_c) == 3 or not of_h[0] == of_c[0] == n_directions:
@@ -247,6 +260,7 @@ def _check_batch(
             "lstm: x must be (T, B, I), or (N, I) rows of B sequences, h0 and c0 (D, B, ·), got "
             f"{tuple(of_x)}, {tuple(of_h)} and {tuple(of_c)}"
         )
+    check_arguments((of_x[-1], of_h[-1], of_c[-1]), x, h0, c0, weights)
 
 
 def check_arguments(
@@ -302,8 +316,17 @@ def _refuse(x: Tensor, other: Tensor, kind: str) -> NoReturn:
 # has no gradient: there the graph of the backward pass stands beside it.
 
 
-def _exported(*args: Any) -> tuple[Tensor, ...]:
-    y, h_n, c_n, _, cells = lstm_forward(*args)
+def _exported(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    return_cells: bool,
+) -> tuple[Tensor, ...]:
+    _check_layer(x, h0, c0, batch_sizes, by_direction(weights))
+    with autocast_off(x):
+        y, h_n, c_n, _, cells = lstm_forward(x, h0, c0, batch_sizes, weights, return_cells)
     return y, h_n, c_n, cells
 
 
@@ -319,8 +342,28 @@ def _exported_with_gradients(
         with torch._C._AutoDispatchBelowAutograd():
             op = torch.ops.torch_manual.lstm_layer.default
             return op(x, h0, c0, batch_sizes, weights, return_cells)
+    _check_layer(x, h0, c0, batch_sizes, by_direction(weights))
     y, h_n, c_n, cells, _ = LSTMFunction.apply(x, h0, c0, batch_sizes, *weights)
     return y, h_n, c_n, cells if return_cells else x.new_empty(0)
+
+
+def _exported_under_autocast(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor | None],
+    return_cells: bool,
+) -> tuple[Tensor, ...]:
+    projected = by_direction(weights)[0].weight_hr is not None
+    cast = autocast_cast if batch_sizes is None and not projected else autocast_factors
+    x, h0, c0, *weights = cast(x, h0, c0, *weights)
+    with autocast_off(x):
+        op = torch.ops.torch_manual.lstm_layer.default
+        y, h_n, c_n, cells = op(x, h0, c0, batch_sizes, weights, return_cells)
+    if projected:
+        y, h_n = autocast_cast(y, h_n)
+    return y, h_n, c_n, cells
 
 
 torch.library.define(
@@ -331,3 +374,5 @@ torch.library.define(
 torch.library.impl("torch_manual::lstm_layer", "default", _exported)
 for _key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # our Function knows the transforms
     torch.library.impl("torch_manual::lstm_layer", _key, _exported_with_gradients)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    torch.library.impl("torch_manual::lstm_layer", _key, _exported_under_autocast)

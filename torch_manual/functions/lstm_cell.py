@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_manual.functions._autocast import autocast_cast, autocast_off
+from torch_manual.functions._autocast import autocast_factors, autocast_off
 from torch_manual.functions._function import PositionalFunction, in_compiled_autograd
 from torch_manual.functions.lstm import (
     any_requires_grad,
@@ -60,7 +60,8 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
     cast = torch._C._is_any_autocast_enabled()
     if cast or torch.compiler.is_compiling() or transforms_are_active():
         if cast:
-            x, h, c, weights = _cast(x, h, c, weights)
+            x, h, c, *cast_weights = autocast_factors(x, h, c, *weights)
+            weights = LSTMWeights(*cast_weights)
         with autocast_off(x):
             h, _, c_n = lstm_layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights])
         return h, c_n.squeeze(0)
@@ -69,22 +70,6 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
         return LSTMCellFunction.apply(x, h, c, _of_loop(x, h, c, weights), *weights)
     h, c = lstm_step(x, h, c, weights, save=False)
     return h, c
-
-
-def _cast(
-    x: Tensor, h: Tensor, c: Tensor, weights: LSTMWeights
-) -> tuple[Tensor, Tensor, Tensor, LSTMWeights]:
-    """What autocast has a cell compute with.
-
-    On a GPU all is cast. On a CPU the products' factors are, and the states keep the precision in
-    which they come, as in stock.
-    """
-    factors: Sequence[Any] = autocast_cast(x, h, *weights)
-    if c.is_cpu and c.dtype == torch.float32:
-        factors = [None if t is None else t.to(c.dtype) for t in factors]
-    else:
-        (c,) = autocast_cast(c)
-    return factors[0], factors[1], c, LSTMWeights(*factors[2:])
 
 
 class LSTMCellFunction(PositionalFunction):

@@ -38,8 +38,8 @@ def lstm_forward_mode(
     y is (T, B, ·) where x is. Without `return_cells` no cells are made, and c0 stands in their
     place.
 
-    None where something else than one level of forward mode is at work: a reverse pass that may
-    follow, another transform, a batch of tangents, torch.compile.
+    None where something else than one level of forward mode is at work: no tangent, a reverse pass
+    that may follow, another transform, a batch of tangents, torch.compile.
     """
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return None
@@ -53,6 +53,8 @@ def lstm_forward_mode(
     reverse = torch.is_grad_enabled()
     tensors = [t for dual in parts for t in dual if t is not None]
     if any((reverse and t.requires_grad) or is_wrapped(t) for t in tensors):
+        return None
+    if all(tangent is None for _, tangent in parts):
         return None
     (x, tx), (h0, th0), (c0, tc0) = parts[:3]  # type: ignore[assignment]
     weights, tweights = zip(*parts[3:], strict=True)
@@ -84,4 +86,6 @@ def _unpack(t: Tensor | None, level: int | None) -> tuple[Tensor | None, Tensor 
     if level is not None:
         primal = _functorch._unwrap_for_grad(primal, level)
         tangent = None if tangent is None else _functorch._unwrap_for_grad(tangent, level)
+    if tangent is not None and tangent._is_zerotensor():
+        return primal, None
     return primal, tangent

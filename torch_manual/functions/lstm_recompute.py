@@ -28,6 +28,8 @@ from torch_manual.functions.lstm_segments import (
 from torch_manual.kernels import cpu_gradients
 from torch_manual.kernels.lstm import dispatched
 
+MOST_STEPS = 1 << 31  # between which anything is kept: more than a sequence has
+
 
 @one_node
 def lstm_recompute(*args: Any) -> tuple[Tensor, ...]:

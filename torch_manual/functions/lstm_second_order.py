@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torch_manual.functions._function import PositionalFunction, keep_signature, wanted_by_engine
 from torch_manual.functions.lstm_gradients import (
@@ -189,7 +190,9 @@ def _second(
 
 def _is_tracked(t: Tensor) -> bool:
     """Whether another transform looks at `t`, to which an op would be opaque."""
-    return t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    if t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _parts(rest: Sequence) -> tuple[Sequence, Sequence, tuple[Sequence, Sequence]]:

@@ -6,7 +6,7 @@ Shapes are those of torch_manual/kernels/lstm.py; csrc/lstm.h describes the stru
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ def run_forward(
             *(T, B, I, H, P, D, full, reverse),
             *(*cpu_grid.thinned(cpu_grid.grid(T, B, work, H, D)), lengths),
             *(unpacked, recompute, chunk_rows),
-            *(x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
+            *(x.data_ptr() or none_of(x), h0.data_ptr() or none_of(h0)),
+            c0.data_ptr() or none_of(c0),
             *(y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), *kept),
             *(0 if block is None else block.data_ptr(), *pointers),
         ),
@@ -113,7 +114,8 @@ def lstm_step(
         _forward_arguments(
             *(1, B, I, H, P, 1, full, False, *cpu_grid.grid(1, B, B * 4 * H * (I + P), H, 1), 0),
             *(unpacked, 0, 0),
-            *(x.data_ptr(), h.data_ptr(), c.data_ptr(), y, y, c_n.data_ptr(), gates, cells, 0),
+            *(x.data_ptr() or none_of(x), h.data_ptr() or none_of(h), c.data_ptr() or none_of(c)),
+            *(y, y, c_n.data_ptr(), gates, cells, 0),
             *(0 if block is None else block.data_ptr(), *pointers),
         ),
     )
@@ -160,11 +162,12 @@ def lstm_dual(
         _dual_arguments(
             *(T, B, I, H, H, D, 0, False),
             *(*cpu_grid.grid(T, B, N * 4 * H * products, H, D), lengths),
-            *(0, 0, 0, x.data_ptr(), h0.data_ptr(), c0.data_ptr()),
+            *(0, 0, 0, x.data_ptr() or none_of(x), h0.data_ptr() or none_of(h0)),
+            c0.data_ptr() or none_of(c0),
             *(t.data_ptr() for t in out[:3]),
             *(0, out[3].data_ptr() if return_cells else 0, 0),
             *(0 if block is None else block.data_ptr(), *pointers),
-            *(0 if t is None else t.data_ptr() for t in (tx, th0, tc0)),
+            *addresses((tx, th0, tc0)),
             *(t.data_ptr() for t in tout[:3]),
             tout[3].data_ptr() if return_cells else 0,
             *tpointers,
@@ -220,9 +223,8 @@ def lstm_backward(
         dtype,
         _backward_arguments(
             *(T, B, 0, H, P, D, full, reverse, *threads_of, lengths),
-            *(0 if dy is None else dy.data_ptr(), stride_dy),
-            *(0 if t is None else t.data_ptr() for t in (dh_n, dc_n, dcells)),
-            *(c0.data_ptr(), gates.data_ptr(), cells.data_ptr()),
+            *(*addresses((dy,)), stride_dy),
+            *addresses((dh_n, dc_n, dcells, c0, gates, cells)),
             *(dpre.data_ptr(), dh.data_ptr(), dh0.data_ptr(), dc0.data_ptr()),
             *pointers,
         ),
@@ -252,26 +254,25 @@ def in_c_order(
     weights: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], tuple[int, ...], bool]:
     """The weights in C order, their addresses (of two directions), and if peepholes are full."""
-    addresses = []
-    for w in weights:
-        if w is None:
-            addresses.append(0)
-        elif w.is_contiguous():
-            addresses.append(w.data_ptr() or _none_of(w))
-        else:
-            return in_c_order([None if w is None else w.contiguous() for w in weights])
-    pointers = tuple(addresses)
+    if not all(w is None or w.is_contiguous() for w in weights):
+        weights = [None if w is None else w.contiguous() for w in weights]
+    pointers = addresses(weights)
     full = pointers[5:_WEIGHTS] != _NONE[5:] and _is_full(weights[5:_WEIGHTS])
     return weights, pointers if len(pointers) > _WEIGHTS else pointers + _NONE, full
 
 
-def _none_of(w: Tensor) -> int:
-    """The address of a weight that has none: of no numbers, or freed."""
-    if w.numel() == 0:
+def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    """Those of tensors; 0 for None, and for one of no numbers."""
+    return tuple([0 if t is None else t.data_ptr() or none_of(t) for t in tensors])
+
+
+def none_of(t: Tensor) -> int:
+    """The address of a tensor that has none: of no numbers, or freed."""
+    if t.numel() == 0:
         return 0
     raise RuntimeError(
-        f"lstm: a weight of shape {tuple(w.shape)} has no memory: its storage was freed, as "
-        "fully_shard does after a module's forward or backward pass"
+        f"lstm: a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as "
+        "fully_shard does with weights after a module's forward or backward pass"
     )
 
 

@@ -111,7 +111,7 @@ def lstm_gradients(
         memory.empty_like(w) if need and w is not None else None
         for w, need in zip(weights, needs[3:], strict=True)
     ]
-    to_dweights = _addresses(dweights)
+    to_dweights = cpu.addresses(dweights)
     cpu_library.call(
         "lstm_gradients",
         x.dtype,
@@ -121,9 +121,9 @@ def lstm_gradients(
             *cpu_grid.thinned(cpu_grid.grid(T, B, N * 4 * H * (I + H), H, D)),
             *(N, cpu_grid.threads(N * 4 * H * (I + H)), crowding.spared()),
             *(cpu_grid.unpacked(T, N), recompute, rows),
-            *_addresses((x, h0, c0, y, gates, cells, c_kept, dy)),
+            *cpu.addresses((x, h0, c0, y, gates, cells, c_kept, dy)),
             stride_dy,
-            *_addresses((dh_n, dc_n, dcells, dpre, dh, dh0, dc0, dx)),
+            *cpu.addresses((dh_n, dc_n, dcells, dpre, dh, dh0, dc0, dx)),
             *pointers,
             *(to_dweights if D == 2 else (*to_dweights, *_NOTHING)),
         ),
@@ -136,7 +136,3 @@ def lstm_gradients(
         dh,
         *dweights,
     )
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]

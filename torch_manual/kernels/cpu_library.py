@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +200,11 @@ def _run(function: Any, *arguments: Any) -> int:
     if not _forked or torch.get_num_threads() == 1:
         return function(*arguments)
     _caller = _caller or ThreadPoolExecutor(1, "torch_manual")
-    return _caller.submit(function, *arguments).result()
+    future = _caller.submit(function, *arguments)
+    try:
+        return future.result()
+    finally:  # whatever a signal raises here, the tensors that are written outlive the call
+        wait([future])
 
 
 def multiply_add(dtype: torch.dtype, n_threads: int, repeats: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_manual.kernels import cpu_grid, cpu_library, memory
+from torch_manual.kernels import cpu, cpu_grid, cpu_library, memory
 
 DTYPES = (torch.float32, torch.float64)
 _input_sums_arguments = struct.Struct("11q").pack
@@ -25,7 +25,7 @@ def lstm_input_sums(dpre: Sequence[Tensor], weights_ih: Sequence[Tensor]) -> Ten
     dpre, weights_ih = ([t.contiguous() for t in ts] for ts in (dpre, weights_ih))
     (N, K), I, D = dpre[0].shape, weights_ih[0].shape[1], len(dpre)
     dx = memory.empty(dpre[0], N, I)
-    addresses = [t.data_ptr() for ts in (dpre, weights_ih) for t in (ts[0], ts[-1])]
+    addresses = cpu.addresses(t for ts in (dpre, weights_ih) for t in (ts[0], ts[-1]))
     threads = cpu_grid.threads(N * K * I)  # of one direction, so that one alone gives the same bits
     cpu_library.call(
         "lstm_input_sums",
@@ -60,8 +60,8 @@ def lstm_weight_sums(
         "lstm_weight_sums",
         dpre.dtype,
         _weight_sums_arguments(
-            *(N, *widths, M, cpu_grid.threads(N * S * M * sum(widths)), S, S * M, dpre.data_ptr()),
-            *(0 if t is None else t.data_ptr() for t in given),
+            *(N, *widths, M, cpu_grid.threads(N * S * M * sum(widths)), S, S * M),
+            *cpu.addresses((dpre, *given)),
             *(t.data_ptr() for t in results),
             *_NOT_DELAYED,
         ),
@@ -76,7 +76,7 @@ def lstm_peephole_sums(dpre: Tensor, c_prev: Tensor, c: Tensor) -> tuple[Tensor,
     if N == 0:
         return tuple(t.zero_() for t in dweights)
     threads = cpu_grid.threads(N * 3 * H)
-    addresses = (t.data_ptr() for t in (dpre, c_prev, c, *dweights))
+    addresses = cpu.addresses((dpre, c_prev, c, *dweights))
     cpu_library.call(
         "lstm_peephole_sums", c.dtype, _peephole_sums_arguments(N, H, threads, *addresses)
     )

@@ -67,10 +67,10 @@ def tangent_direction(
         _tangent_arguments(
             *(T, B, I, H, P, 1, full, reverse),
             *(*cpu_grid.grid(T, B, N * 4 * H * (I + P), H, 1), lengths),
-            *(0, 0, 0, 0 if x is None else x.data_ptr(), th.data_ptr(), tc.data_ptr()),
+            *(0, 0, 0, *cpu.addresses((x, th, tc))),
             *(ty.data_ptr(), th_n.data_ptr(), tc_n.data_ptr(), tpre.data_ptr(), tcells.data_ptr()),
             *(0, 0, *pointers),
-            *(gates.data_ptr(), cells.data_ptr(), c0.data_ptr(), known),
+            *(*cpu.addresses((gates, cells, c0)), known),
         ),
     )
     return ty, th_n, tc_n, tpre, tcells
@@ -129,7 +129,7 @@ def backward_tangent_direction(
     given = [_contiguous(t) for t in (tdy, tdh_n, tdc_n, tdc_given, c0, gates, cells)]
     more = [_contiguous(t) for t in (dm, tdm, dc_given, dc_next, tgates, tcells, tc0)]
     weights, pointers, full = cpu.in_c_order(_of_recurrence(w))
-    addresses = [0 if t is None else t.data_ptr() for t in given]
+    addresses = cpu.addresses(given)
     cpu_library.call(
         "lstm_backward_tangent",
         cells.dtype,
@@ -139,7 +139,7 @@ def backward_tangent_direction(
             *(addresses[0], P, *addresses[1:]),
             *(tdpre.data_ptr(), tdh.data_ptr(), tdh0.data_ptr(), tdc0.data_ptr()),
             *pointers,
-            *(0 if t is None else t.data_ptr() for t in more),
+            *cpu.addresses(more),
         ),
     )
     for out, sent in ((tdh0, tsent), (tdc0, tsent_c)):

@@ -307,7 +307,7 @@ def dispatched(*tensors: Tensor | None) -> bool:
 
     A step takes the kernel a few microseconds and the dispatcher as long again, so that CPU tensors
     go without it when nobody listens: no tracer, no mode, no transform, no subclass, no view that
-    negates.
+    negates, no zeros without memory.
     """
     if (
         torch.compiler.is_compiling()
@@ -321,9 +321,9 @@ def dispatched(*tensors: Tensor | None) -> bool:
             continue
         kind = type(t)
         if kind is Tensor:
-            if is_legacy_batchedtensor(t) or not t.is_cpu or t.is_neg():
+            if is_legacy_batchedtensor(t) or not t.is_cpu or t.is_neg() or t._is_zerotensor():
                 return True
-        elif kind is not Parameter:  # these are where the other tensors are
+        elif kind is not Parameter or t.is_neg():  # parameters are where the other tensors are
             return True
     return False
 

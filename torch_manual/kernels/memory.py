@@ -41,7 +41,7 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     key = id(block)
     _lent[key] = weakref.ref(lent, lambda _: _give_back(key)), block
     flat = torch.frombuffer(lent, dtype=like.dtype, count=n_bytes // like.element_size())
-    return flat.view(shape)
+    return flat.resize_(shape)  # no view: autograd would refuse some changes of one
 
 
 def empty_like(t: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def take(key: tuple | None) -> Tensor | None:
     dtype, (I, H, P, D), *_ = key
     units = -(-H // _MOST_LANES) * _MOST_LANES  # of the panels, whatever their width
     n_bytes = D * units * (4 * (I + P) * dtype.itemsize + 2 * 8)
-    block = memory.empty(torch.empty(0, dtype=torch.uint8), n_bytes)
+    block = memory.empty(torch.empty(0, dtype=torch.uint8, device="cpu"), n_bytes)
     ctypes.memset(block.data_ptr(), 0, n_bytes)  # zero_() would wait for threads in a forked child
     return block
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def as_rows(x: Tensor) -> Tensor:
     """Return the (N, ·) rows of a (T, B, ·) batch, or `x` if it is rows."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.flatten(0, 1)
 
 
 def as_before(rows: Tensor, x: Tensor) -> Tensor:

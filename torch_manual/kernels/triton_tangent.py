@@ -36,7 +36,7 @@ def tangent_direction(
     tpre = known_tpre(products, tw[2:4], gates)
     ty = th.new_empty(len(cells), th.shape[1])
     tgates, tcells, tm = torch.empty_like(gates), torch.empty_like(cells), torch.empty_like(tc)
-    c_before = previous(cells, c0, batch_sizes, reverse)
+    c_before = previous(cells, c0, batch_sizes, reverse).contiguous()
     peepholes = _peepholes(w, tw)
     order = steps(len(cells), len(th), batch_sizes)
     for rows in reversed(order) if reverse else order:
@@ -76,8 +76,8 @@ def backward_tangent_direction(
 
     dc_next, dcells = filled(dc_n, c0, *c0.shape), filled(dcells, cells, *cells.shape)
     tdy, tdh_next, tdc_next, tdcells = filled_outer(touter, c0, w, cells)
-    c_before = previous(cells, c0, batch_sizes, reverse)
-    tc_before = previous(tcells, tc0, batch_sizes, reverse)
+    c_before = previous(cells, c0, batch_sizes, reverse).contiguous()
+    tc_before = previous(tcells, tc0, batch_sizes, reverse).contiguous()
     dh_rows, dpre, gates, cells, tgates, tcells = (
         t.contiguous() for t in (dh_rows, dpre, gates, cells, tgates, tcells)
     )

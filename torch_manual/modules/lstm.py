@@ -155,7 +155,7 @@ class LSTM(nn.RNNBase):
             if not self.proj_size:
                 return c0, c0
             return x.new_zeros(*c0.shape[:2], self.proj_size), c0
-        if len(hx) > 2:
+        if len(hx) > 2 or (batch_sizes is not None and len(hx) < 2):
             raise RuntimeError("lstm expects two hidden states")
         h0, c0 = hx[0], hx[1]
         if batch_sizes is None:
@@ -195,9 +195,21 @@ class LSTM(nn.RNNBase):
             )
             h_n.append(h)
             c_n.append(c)
+        if self._stock_lets_change(x, batch_sizes):
+            x = x.clone()
         if self.num_layers == 1:
             return x, h_n[0], c_n[0], *cells
         return x, torch.cat(h_n), torch.cat(c_n), *cells
+
+    def _stock_lets_change(self, output: Tensor, batch_sizes: Tensor | None) -> bool:
+        """Whether it may be changed in place before the backward pass, for which we keep it.
+
+        `nn.LSTM` keeps it, too, on a GPU and in its float32 path of oneDNN, and refuses that.
+        """
+        onednn = batch_sizes is None and output.dtype == torch.float32
+        onednn = onednn and not self.bidirectional and not self.proj_size
+        traced = torch.compiler.is_compiling()
+        return output.requires_grad and output.is_cpu and not onednn and not traced
 
     def _weights(self, directions: slice) -> list[LSTMWeights]:
         """The parameters as they are now, in the order of LSTMWeights."""

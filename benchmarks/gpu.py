@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu`: bring the Triton kernels up on a GPU, then set them against cuDNN.
 
-In this order, each on top of the one before: what the machine is; what a graph's launch and a grid
-barrier cost; every level's outputs and gradients against plain torch in float64; the persistent
+In this order, each on top of the one before: what the machine is; what a step costs that does next
+to nothing; every level's outputs and gradients against plain torch in float64; the persistent
 kernel, a thousand times, bit-equal to the step kernel, in a process that may hang; ratios. A shape
 whose results are wrong gets no time. Writes gpu.csv, gpu.md and gpu.png.
 """
@@ -12,6 +12,7 @@ import argparse
 import csv
 import dataclasses
 import itertools
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ WIDTHS, BATCHES, LENGTHS = (64, 128, 256, 512, 768, 1024, 2048), (1, 16, 64), (3
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-2, torch.float64: 1e-10}
 REPEATS = 1000  # of the persistent kernel
 ROUNDS, CALLS = 11, 5
+REPLAYED = 10  # calls until one is a graph's replay, at addresses that may come in turns
 
 
 @dataclasses.dataclass
@@ -77,14 +79,17 @@ def bring_up(
         lines.append(f"- {name}: error {error:.1e}, limit {limit:.0e}")
         if not error <= limit:
             wrong.append(name)
-    persistent = run_persistent_apart()
+    cooperative = launcher.chip_of(device).cooperative
+    persistent = run_persistent_apart() if cooperative else "no barrier over a grid here"
     lines.append(f"- persistent against steps, {REPEATS} times: {persistent}")
-    if persistent != "bit-equal":
+    if cooperative and persistent != "bit-equal":
         wrong.append("persistent")
+    chosen = choose if persistent == "bit-equal" else without_persistent
     rows = []
-    with launcher.override(choose if persistent == "bit-equal" else without_persistent):
+    # the backend on request, as "auto" does without L3
+    with launcher.override(chosen), torch_manual.use_backend("triton"):
         for dtype, H, B, T in itertools.product(DTYPES, WIDTHS, BATCHES, LENGTHS):
-            rows += time_shape(device, dtype, H, B, T, milliseconds)
+            rows += time_shape(device, dtype, H, B, T, milliseconds, chosen)
             print(*dataclasses.astuple(rows[-1]), rows[-1].ratio, flush=True)
     write(out, rows, lines)
     print("\n".join(lines), f"written to {out}/gpu.csv, gpu.md, gpu.png", sep="\n")
@@ -94,18 +99,14 @@ def bring_up(
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    clocks = subprocess.run(
-        [
-            "nvidia-smi",
-            "--query-gpu=driver_version,clocks.sm,clocks.max.sm",
-            "--format=csv,noheader",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm"]
+    clocks = ""
+    if shutil.which(query[0]):  # not with ROCm
+        done = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
+        clocks = done.stdout.strip()
     return machine.describe() | {
         "GPU": torch.cuda.get_device_name(device),
-        "driver, clock, most": clocks.stdout.strip() or "unknown",
+        "driver, clock, most": clocks or "unknown",
         "CUDA": str(torch.version.cuda or torch.version.hip),
         "cuDNN": str(torch.backends.cudnn.version()),
     }
@@ -158,7 +159,8 @@ def error_of(module: nn.Module, x: Tensor | nn.utils.rnn.PackedSequence) -> floa
         x.data.device, torch.float64
     )
     exact.load_state_dict(module.state_dict())
-    ours = outputs_and_gradients(module, x)
+    for _ in range(REPLAYED):
+        ours = outputs_and_gradients(module, x)
     with torch_manual.use_backend("eager"):
         theirs = outputs_and_gradients(exact, x.to(torch.float64))
     return max(
@@ -238,17 +240,20 @@ def time_shape(
     B: int,
     T: int,
     milliseconds: Callable[[Callable[[], object]], float],
+    chosen: Callable[[Shape, Chip], Plan] = choose,
 ) -> list[Row]:
     """Inference and training of one shape, ours and cuDNN's, medians of turns about."""
     module, x = layer_and_input(device, dtype, H, B, T)
     stock = nn.LSTM(H, H).to(device, dtype)
     stock.load_state_dict(module.state_dict())
     chip = launcher.chip_of(device)
-    plans = [choose(Shape(b, dtype, "tf32", T, B, H, 1), chip) for b in (False, True)]
+    plans = [chosen(Shape(b, dtype, "tf32", T, B, H, 1), chip) for b in (False, True)]
     levels = " ".join(f"L{plan.level}" for plan in plans)
     error = error_of(module, x)
     rows = []
     for pass_ in ("inference", "training"):
+        for layer in (stock, module):
+            layer.train(pass_ == "training")  # cuDNN keeps what a backward pass needs, or does not
         row = Row(str(dtype).removeprefix("torch."), H, B, T, pass_, levels, error)
         rows.append(row)
         if not error <= TOLERANCE[dtype]:
@@ -270,7 +275,7 @@ def time_shape(
 
 def event_milliseconds(call: Callable[[], object]) -> float:
     """Milliseconds of one call on the GPU, by CUDA events, after warming up."""
-    for _ in range(3):  # compiles, then captures
+    for _ in range(REPLAYED):  # compiles, then captures
         call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -94,6 +94,39 @@ def test_choice_of_level(dtype, precision, T, B, H, D, chip, forward, backward):
     assert chosen == [forward, backward]
 
 
+@pytest.mark.parametrize(
+    ("chip", "dtype", "H", "level"),
+    [
+        (Chip("sm_86", 84, 101_376, True), HALF, 128, 3),  # L1 takes 144 KiB, this chip has 99
+        (Chip("sm_86", 84, 101_376, True), HALF, 64, 1),
+        (Chip("sm_86", 84, 101_376, True), HALF, 768, 2),  # L3 takes 160
+        (Chip("sm_120", 170, 101_376, True), SINGLE, 64, 1),
+        (Chip("sm_75", 40, 65_536, True), SINGLE, 64, 0),  # it was compiled for none of these
+        (Chip("gfx1100", 96, 65_536, False), HALF, 64, 0),
+    ],
+)
+def test_what_does_not_fit_a_chip_is_not_chosen(chip, dtype, H, level):
+    for backward in (False, True):
+        plan = choose(Shape(backward, dtype, "tf32", 100, 16, H, 1), chip)
+        assert plan.level == level
+
+
+def test_precision_follows_either_of_torchs_switches(monkeypatch):
+    from torch_manual.kernels import triton
+
+    matmul = torch.backends.cuda.matmul
+    assert triton._precision() == "ieee"
+    try:
+        matmul.fp32_precision = "tf32"
+        assert triton._precision() == "tf32"
+        matmul.fp32_precision = "none"
+        matmul.allow_tf32 = True
+        assert triton._precision() == "tf32"
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = "none"
+
+
 def test_persistent_grid_fits_the_chip():
     small = Chip("sm_90", 20, 232_448, True)
     for chip in (*CHIPS.values(), small):

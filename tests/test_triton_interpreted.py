@@ -284,6 +284,39 @@ def test_persistent_without_its_barrier_is_wrong(monkeypatch, module):
     assert not all(map(torch.equal, all_at_once, steps))
 
 
+@pytest.mark.parametrize("scale", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_numbers_keep_their_digits(n, scale, dtype):
+    """Where 1 - e^-2x has lost them, tanh is a series."""
+    module = torch_manual.LSTM(8, 16, bias=False, dtype=dtype)
+    x = scale * torch.randn(6, 3, 8, dtype=dtype)
+    with level(n):
+        y, _ = module(x)
+    with torch_manual.use_backend("eager"):
+        exact, _ = module.double()(x.double())
+    assert ((y - exact).abs().max() / exact.abs().max()).item() < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("how", ["expanded", "transposed"])
+def test_second_order_and_forward_mode_of_a_step_from_any_state(how):
+    """At T = 1 the cell before is c_0 itself, which may lie in any order."""
+    module = torch_manual.PeepholeLSTM(2, 4, dtype=torch.float64)
+    x, h0 = torch.randn(1, 3, 2, dtype=torch.float64), torch.randn(1, 3, 4, dtype=torch.float64)
+    c0 = torch.randn(1, 4, 3, dtype=torch.float64).transpose(1, 2)
+    if how == "expanded":
+        c0 = torch.randn(1, 1, 4, dtype=torch.float64).expand(1, 3, 4)
+    results = []
+    for backend in ("triton", "eager"):
+        with torch_manual.use_backend(backend):
+            tangent = torch.func.jvp(lambda x: module(x, (h0, c0))[0], (x,), (x.cos(),))[1]
+            z = x.clone().requires_grad_()
+            (dx,) = torch.autograd.grad(module(z, (h0, c0))[0].sin().sum(), z, create_graph=True)
+            results.append((tangent, *torch.autograd.grad(dx.square().sum(), z)))
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("module", [step, step_backward], ids=["forward", "backward"])
 def test_a_barrier_that_never_opens_is_an_error(monkeypatch, module):
     @triton.jit

@@ -88,7 +88,7 @@ def lstm_layer(
         RuntimeError: tensors of different devices or dtypes.
     """
     flat = [t for w in weights for t in w]
-    projected = weights[0].weight_hr is not None
+    projected = any(w.weight_hr is not None for w in weights)
     autocast = torch._C._is_any_autocast_enabled()
     if autocast:
         cast = autocast_cast if batch_sizes is None and not projected else autocast_factors

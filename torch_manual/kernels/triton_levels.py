@@ -29,6 +29,13 @@ class Chip(NamedTuple):
     def nvidia(self) -> bool:
         return self.architecture.startswith("sm_")
 
+    @property
+    def known(self) -> bool:
+        """Whether it is one that the kernels are compiled for here, or of its family."""
+        if self.nvidia:
+            return int(self.architecture.removeprefix("sm_")) >= 80
+        return self.architecture in CHIPS
+
 
 CHIPS = {
     "sm_80": Chip("sm_80", 108, 166_912, True),
@@ -73,11 +80,13 @@ class Shape(NamedTuple):
 def choose(shape: Shape, chip: Chip) -> Plan:
     """Return the plan for one pass on one chip."""
     half = shape.dtype.itemsize == 2
-    if shape.dtype == torch.float64 or shape.T == 1:
+    if shape.dtype == torch.float64 or shape.T == 1 or not chip.known:
         return Plan(0)
     aligned = shape.H % 16 == 0
     if shape.H <= (128 if half and aligned and chip.nvidia else 64):
-        return plan_at(1, shape, chip)
+        plan = plan_at(1, shape, chip)
+        if shared_bytes(plan, shape) <= chip.shared_bytes or not chip.nvidia:
+            return plan
     if not aligned or shape.B > 64:  # too many registers; or torch's products are the better ones
         return Plan(0)
     exact_forward = not half and shape.precision == "ieee" and not shape.backward  # spills in L3
@@ -88,7 +97,8 @@ def choose(shape: Shape, chip: Chip) -> Plan:
         and not exact_forward
     ):
         plan = plan_at(3, shape, chip)
-        if programs(plan, shape) <= chip.multiprocessors:
+        fits = shared_bytes(plan, shape) <= chip.shared_bytes
+        if fits and programs(plan, shape) <= chip.multiprocessors:
             return plan
     return plan_at(2, shape, chip)
 
@@ -127,6 +137,15 @@ def programs(plan: Plan, shape: Shape) -> int:
     """Return how many programs an L2 or L3 launch has."""
     block_b, block_n, _ = plan.block
     return -(-shape.B // block_b) * -(-shape.H // block_n) * shape.D
+
+
+def shared_bytes(plan: Plan, shape: Shape) -> int:
+    """Return what an L1 or L3 program takes at most on NVIDIA: W_hh, and a row of each sequence."""
+    if plan.level == 1:
+        rows, width = plan.block
+        return 4 * width * (width + rows) * shape.dtype.itemsize
+    rows, units, width = plan.block
+    return width * (4 * units + rows) * shape.dtype.itemsize
 
 
 def reachable(chip: Chip) -> dict[tuple[bool, torch.dtype, str, Plan], int]:

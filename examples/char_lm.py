@@ -39,7 +39,7 @@ import torch_manual
 try:
     from _report import plot, progress
 except ImportError as missing:
-    print(f"char_lm: {missing}: pip install torch-manual[examples]", file=sys.stderr)
+    print(f"char_lm: {missing}: pip install '.[examples]'", file=sys.stderr)
     raise SystemExit(2) from None
 from _checkpoint import read_checkpoint, write_checkpoint
 from _options import build_parser

@@ -131,7 +131,7 @@ def play(options: argparse.Namespace) -> list[float]:
                 f"real over fake {mean(preferences[-every:]):+.3f}  {game.sample()!r}",
                 flush=True,
             )
-    print(f"the penalty fell from {penalties[0]:.4f} to {mean(penalties[-every:]):.4f}")
+    print(f"the penalty went from {penalties[0]:.4f} to {mean(penalties[-every:]):.4f}")
     return penalties
 
 

@@ -96,7 +96,7 @@ def privacy_spent(share: float, noise: float, steps: int) -> float:
     Every sample enters a batch with probability `share` (Mironov et al. 2019, arXiv:1908.10530;
     from divergence to ε: Canonne et al. 2020, arXiv:2004.00010, proposition 12).
     """
-    if noise == 0:
+    if noise**2 == 0:
         return math.inf
 
     def divergence(order: int) -> float:

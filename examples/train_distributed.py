@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from _options import OneLineParser, number
 from _text import Problem, alphabet_of, encode, read_text
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -149,7 +150,10 @@ class Run:
     def load(self, path: Path) -> None:
         self.optimizer.zero_grad()  # with gradients there, the optimizer's state would be left out
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path)
+        try:
+            dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path)
+        except (ValueError, CheckpointException) as error:
+            raise Problem(f"{path} is of another model or text: choose another --out") from error
         set_state_dict(
             self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer
         )

@@ -158,6 +158,13 @@ def test_a_target_of_the_wrong_shape_is_refused():
         chain(leaf(5, 3))
 
 
+def test_derivatives_before_the_call_are_refused():
+    f = TwoLinear(torch.randn(3, 4), torch.randn(4, 2))
+    with pytest.raises(AttributeError, match="call the TwoLinear before its derivatives"):
+        f.d_W  # noqa: B018
+    assert isinstance(TwoLinear.d_W, derivative_of)
+
+
 def test_an_empty_chain_and_a_layer_without_f_are_refused():
     with pytest.raises(ValueError, match=r"^chain: layers must hold at least one layer, got none$"):
         Chain([], MSE(torch.zeros(1)))

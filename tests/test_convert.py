@@ -129,3 +129,17 @@ def test_what_cannot_be_restored_leaves_all_as_it_was():
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"replace: model must be an nn.Module, got int"):
         torch_manual.replace(3)
+
+
+def test_sharded_modules_are_refused():
+    """fully_shard puts a class of its own on top, which a change of class would take away."""
+    for convert, cls in (
+        (torch_manual.replace, nn.LSTM),
+        (torch_manual.restore, torch_manual.LSTM),
+    ):
+        model = nn.Sequential(cls(3, 4))
+        fsdp = type("FSDPModule", (), {})
+        model[0].__class__ = type("FSDPLSTM", (fsdp, cls), {})
+        with pytest.raises(ValueError, match="a FSDPLSTM is sharded"):
+            convert(model)
+        assert type(model[0]).__name__ == "FSDPLSTM"

@@ -277,6 +277,13 @@ def test_gates_and_nested_inputs_are_named():
     assert names[1:4] == ["0.weight_ih_l0[r]", "0.weight_ih_l0[z]", "0.weight_ih_l0[n]"]
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6, 1e12])
+def test_inputs_of_any_size(size):
+    """The step grows with a number, or rounding would leave nothing of it."""
+    report = gradcheck(torch.square, size * torch.tensor([1.0, 2.0]))
+    assert report.ok, report
+
+
 def test_gates_can_be_given():
     linear = nn.Linear(3, 6)
     rows = gradcheck(linear, torch.randn(2, 3), gates={"weight": ("a", "b", "c")}, samples=4).rows

@@ -4,9 +4,11 @@ and torch.nn; that nothing is computed unasked; and torch.func, torch.compile an
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import torch_manual
 from layer_cases import CASES, Case, cast, each, normal, some
 from torch_manual.functional import cross_entropy
 from torch_manual.functions.layer_norm import layer_norm
@@ -187,3 +189,40 @@ def test_negative_label_smoothing_is_none():
     """As in stock, in the backward pass as in the forward pass."""
     x, target = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.arange(4)
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target, label_smoothing=-0.1), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_classes_of_any_integer_dtype(dtype):
+    """-100, the class that is ignored, is 156 in uint8, which is a class like others."""
+    target = torch.tensor([156, 3, 255]).to(dtype)
+    results = []
+    for function in (cross_entropy, F.cross_entropy):
+        x = torch.linspace(-1, 1, 768).view(3, 256).requires_grad_()
+        loss = function(x, target)
+        results.append((loss, *torch.autograd.grad(loss, x)))
+    torch.testing.assert_close(*results)
+
+
+def test_linear_of_one_output_with_a_bias():
+    x, w, b = torch.randn(2, 5, 3), torch.randn(3), torch.randn(())
+    results = []
+    for function in (linear, F.linear):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        y = function(*leaves)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), leaves)))
+    torch.testing.assert_close(*results)
+
+
+def test_complex_tensors_are_refused():
+    z = torch.randn(2, 3, dtype=torch.complex64)
+    functional = torch_manual.functional
+    for call in (
+        lambda: functional.sigmoid(z),
+        lambda: functional.tanh(z),
+        lambda: functional.linear(z, z),
+        lambda: functional.two_linear(z, z.T, z),
+        lambda: torch_manual.LSTM(3, 4, dtype=z.dtype)(z),
+        lambda: torch_manual.LSTMCell(3, 4, dtype=z.dtype)(z),
+    ):
+        with pytest.raises(TypeError, match=r"tensors must be real, got torch\.complex64"):
+            call()

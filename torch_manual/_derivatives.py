@@ -238,9 +238,10 @@ def numeric(
     for k in at:
         index = np.unravel_index(k, x.shape)
         value = x[index].item()
-        x[index] = value + eps
+        step = eps * max(1.0, abs(value))  # a step that rounding leaves something of
+        x[index] = value + step
         above, y_above = x[index].item(), _flat(problem.evaluate())
-        x[index] = value - eps
+        x[index] = value - step
         below, y_below = x[index].item(), _flat(problem.evaluate())
         x[index] = value
         columns.append(v @ ((y_above - y_below) / (above - below)))

@@ -16,7 +16,7 @@ and A[B[C]] means: C first, then B, then A. Nothing here uses autograd.
     >>> chain = Chain([Linear(W1, b1), Tanh(), TwoLinear(W, V)], MSE(target))
     >>> gradients = chain(x)
     >>> gradients.d_theta[1].value["W"]       # ∂J/∂W of the first layer, the shape of W1
-    >>> print(gradients)                      # ∂J/∂θ₁ = ∂x₂/∂θ₁[∂x₃/∂x₂[∂x₄/∂x₃[∂J/∂x₄]]], ...
+    >>> print(gradients)                      # ∂J/∂θ₃ = ∂x₄/∂θ₃[∂J/∂x₄], ... as they were computed
 
 Row vectors: x is (B, I), and a linear map is x W.
 """
@@ -87,7 +87,11 @@ class derivative:
     def __set_name__(self, owner: type, name: str) -> None:
         self.variable = name.removeprefix("d_")
 
-    def __get__(self, layer: Layer, owner: type) -> Derivative:
+    def __get__(self, layer: Layer | None, owner: type) -> Any:
+        if layer is None:  # asked of the class
+            return self
+        if not hasattr(layer, "x"):
+            raise AttributeError(f"chain: call the {owner.__name__} before its derivatives")
         by = "θ" if self.variable == "theta" else self.variable
         if layer.k is None:
             symbol = f"∂f/∂{by}"

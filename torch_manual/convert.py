@@ -32,8 +32,9 @@ def replace(model: M, *, subclasses: bool = False) -> M:
 
     Raises:
         TypeError: `model` is no `nn.Module`.
+        ValueError: an LSTM in it is sharded already; `fully_shard` comes after `replace`.
     """
-    for module in _modules(model, "replace"):
+    for module in _modules(model, "replace", (*OURS,)):
         cls = _unparametrized(module)
         stock = next((s for s in OURS if cls is s or (subclasses and issubclass(cls, s))), None)
         if stock is not None:
@@ -49,11 +50,14 @@ def restore(model: M) -> M:
     For tools that ask `isinstance(m, nn.LSTM)`: quantization, pruning, ONNX export. Modules that
     were built as ours are converted as well. `PeepholeLSTM` has no stock counterpart and stays.
 
+    `recompute` is forgotten: torch.nn's LSTM knows none.
+
     Raises:
         TypeError: `model` is no `nn.Module`.
-        ValueError: an LSTM has `return_cells=True`, which torch.nn's can not do.
+        ValueError: an LSTM in it is sharded (`fully_shard`), or has `return_cells=True`, which
+            torch.nn's can not do.
     """
-    modules = [m for m in _modules(model, "restore") if _unparametrized(m) in STOCK]
+    modules = [m for m in _modules(model, "restore", (*STOCK,)) if _unparametrized(m) in STOCK]
     if any(getattr(module, "return_cells", False) for module in modules):
         raise ValueError("restore: torch.nn.LSTM has no return_cells; set it to False first")
     for module in modules:
@@ -66,10 +70,15 @@ def restore(model: M) -> M:
     return model
 
 
-def _modules(model: nn.Module, caller: str) -> list[nn.Module]:
+def _modules(model: nn.Module, caller: str, kinds: tuple[type, ...]) -> list[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
-    return list(model.modules())
+    modules = list(model.modules())
+    for module in modules:
+        sharded = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+        if sharded and isinstance(module, kinds):
+            raise ValueError(f"{caller}: a {type(module).__name__} is sharded: {caller} it before")
+    return modules
 
 
 def _unparametrized(module: nn.Module) -> type[nn.Module]:

@@ -36,6 +36,13 @@ class PositionalFunction(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+def refuse_complex(name: str, *tensors: Tensor | None) -> None:
+    """Raise for complex tensors: the derivations are of real ones."""
+    for t in tensors:
+        if t is not None and t.dtype.is_complex:
+            raise TypeError(f"{name}: tensors must be real, got {t.dtype}")
+
+
 def is_wrapped(t: Tensor | None) -> bool:
     """Whether it comes from a transform, be it over, or from autograd's own vmap."""
     return t is not None and (is_functorch_wrapped_tensor(t) or is_legacy_batchedtensor(t))

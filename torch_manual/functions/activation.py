@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
+from torch_manual.functions._function import refuse_complex
+
 SQRT_2 = math.sqrt(2)
 SQRT_2_PI = math.sqrt(2 * math.pi)
 GELU_SCALE = math.sqrt(2 / math.pi)
@@ -159,6 +161,7 @@ def sigmoid(input: Tensor) -> Tensor:
     Shapes: any → the same. Saves: the output. Errors: none of its own.
     Source: equation (17) of the article; docs/derivations/activation.md.
     """
+    refuse_complex("sigmoid", input)
     return SigmoidFunction.apply(input)
 
 
@@ -168,6 +171,7 @@ def tanh(input: Tensor) -> Tensor:
     Shapes: any → the same. Saves: the output. Errors: none of its own.
     Source: equations (21)-(24) of the article; docs/derivations/activation.md.
     """
+    refuse_complex("tanh", input)
     return TanhFunction.apply(input)
 
 

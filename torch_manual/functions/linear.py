@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_manual.functions._autocast import autocast_cast
+from torch_manual.functions._function import refuse_complex
 
 
 class LinearFunction(torch.autograd.Function):
@@ -52,13 +53,15 @@ def rows(x: Tensor) -> Tensor:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F1  Y = X Wᵀ + b, like torch.nn.functional.linear.
 
-    Shapes: input (*, I), weight (O, I) or (I,), bias (O,) → (*, O), or (*,) for a weight (I,).
+    Shapes: input (*, I), weight (O, I), bias (O,) → (*, O); or weight (I,), bias () → (*,).
     Saves: input if dW is wanted, weight if dX is wanted; the bias never.
     Under autocast the three are cast to its dtype, and gradients return in their own.
-    Errors: stock's own, from the matrix product.
+    Errors: stock's own, from the matrix product; TypeError for complex tensors.
     Source: equations (18)-(20) of the article; docs/derivations/linear.md.
     """
+    refuse_complex("linear", input, weight)
     input, weight, bias = autocast_cast(input, weight, bias)
-    if weight.dim() == 1 and bias is None:
-        return LinearFunction.apply(input, weight.unsqueeze(0), None).squeeze(-1)
+    if weight.dim() == 1 and (bias is None or bias.dim() == 0):
+        of_one = None if bias is None else bias.unsqueeze(0)
+        return LinearFunction.apply(input, weight.unsqueeze(0), of_one).squeeze(-1)
     return LinearFunction.apply(input, weight, bias)

@@ -122,7 +122,7 @@ class CrossEntropyLossFunction(torch.autograd.Function):
         else:
             classes = torch.arange(C, device=x.device).view(per_class)
             t = (target.unsqueeze(dim) == classes).to(x.dtype)
-            counted = target != ctx.ignore_index
+            counted = target.long() != ctx.ignore_index  # which uint8 has not
             if ctx.reduction == "mean":
                 n = (w * t * counted.unsqueeze(dim)).sum()
         q = (1 - smoothing) * t + smoothing / C  # F4

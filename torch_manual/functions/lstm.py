@@ -23,6 +23,7 @@ from torch_manual.functions._function import (
     is_wrapped,
     keep_signature,
     one_node,
+    refuse_complex,
 )
 from torch_manual.functions.lstm_compiled import lstm_gradients_op
 from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
@@ -74,8 +75,8 @@ def lstm_layer(
         batch_sizes: (T,) int64 on the CPU, of a PackedSequence; None when `x` is dense.
         return_cells: return every c_t as well.
         recompute: keep h and c of every so many steps only, and run the rest again in the backward
-            pass. Gradients are the same to the bit (to rounding with weight_hr and in half
-            precision); second order and torch.func do not work then.
+            pass. Gradients are the same to the bit on the CPU kernel (to rounding elsewhere, with
+            weight_hr and in half precision); second order and torch.func do not work then.
 
     Returns:
         y, (T, B, D·P) or (N, D·P); h_n, (D, B, P); c_n, (D, B, H); and with `return_cells` the
@@ -84,8 +85,9 @@ def lstm_layer(
     Saved for backward: x, h0, c0, weights, y, the gates (D, N, 4H) and the cells (D, N, H).
 
     Raises:
-        ValueError: a weight's or state's shape does not fit; the message names it.
+        ValueError: a weight's or state's shape does not fit, or `recompute`; the message names it.
         RuntimeError: tensors of different devices or dtypes.
+        TypeError: complex tensors.
     """
     flat = [t for w in weights for t in w]
     projected = any(w.weight_hr is not None for w in weights)
@@ -95,11 +97,12 @@ def lstm_layer(
         x, h0, c0, *flat = cast(x, h0, c0, *flat)
         weights = by_direction(flat)
     _check_layer(x, h0, c0, batch_sizes, weights)
+    if recompute is not None:
+        check_recompute(recompute, return_cells)
     if torch.compiler.is_exporting():
         op = torch.ops.torch_manual.lstm_layer.default
         y, h_n, c_n, cells = op(as_rows(x), h0, c0, batch_sizes, flat, return_cells)
     elif recompute is not None and torch.is_grad_enabled():
-        check_recompute(recompute, return_cells)
         steps = min(recompute, MOST_STEPS)
         y, h_n, c_n = lstm_recompute(as_rows(x), h0, c0, batch_sizes, steps, *flat)
     elif duals := lstm_forward_mode(x, h0, c0, batch_sizes, flat, return_cells):
@@ -268,6 +271,8 @@ def check_arguments(
 ) -> None:
     """Refuse what does not fit together, given I, P and H."""
     (I, P, H), dtype, device = sizes, x.dtype, x.device
+    if dtype.is_complex:
+        refuse_complex("lstm", x)
     for state in (h0, c0):
         if state.dtype is not dtype or state.device != device:
             _refuse(x, state, "hidden")

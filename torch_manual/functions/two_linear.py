@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_manual.functions._autocast import autocast_cast
+from torch_manual.functions._function import refuse_complex
 from torch_manual.functions.linear import rows
 
 
@@ -69,4 +70,5 @@ def two_linear(input: Tensor, weight_w: Tensor, weight_v: Tensor) -> Tensor:
             f"two_linear: weight_v must be (H, O) = ({weight_w.shape[1]}, O), "
             f"got {tuple(weight_v.shape)}"
         )
+    refuse_complex("two_linear", input, weight_w, weight_v)
     return TwoLinearFunction.apply(*autocast_cast(input, weight_w, weight_v))

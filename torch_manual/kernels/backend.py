@@ -52,8 +52,8 @@ class use_backend:
     """Choose the implementation of the recurrence, for the process or for a `with` block.
 
     `"auto"` takes the fastest one that serves the tensors at hand; `"eager"` plain torch ops, on
-    any device and dtype; `"cpu"` the compiled kernel; `"triton"` the Triton kernels (on CPU tensors
-    too, when TRITON_INTERPRET=1).
+    any device and real dtype; `"cpu"` the compiled kernel; `"triton"` the Triton kernels (on CPU
+    tensors too, when TRITON_INTERPRET=1).
 
     The choice takes effect at once and, used as a context manager, is undone on exit. It is global
     to the process, not to a thread, because autograd may run a backward pass on threads of its own:

@@ -125,7 +125,7 @@ def _best_instruction_set() -> str:
     if not _path("baseline").exists():
         raise RuntimeError(
             f"it was not compiled when torch_manual was installed: no {_path('baseline')} "
-            "(install again where there is a C++ compiler)"
+            "(install again where there is GCC, or CXX names it)"
         )
     query = ctypes.CDLL(str(_path("baseline"))).best_instruction_set
     query.restype = ctypes.c_char_p

@@ -3,14 +3,16 @@
     torch_manual::lstm_forward   x, h0, c0, weights            → y, h_n, c_n, gates, cells
     torch_manual::lstm_backward  dy, dh_n, dc_n, dcells, saved  → dpre, dh, dh0, dc0
 
-Everything that is a sum over time (dx, dW, db) is a matrix product on `dpre`, in lstm_sums.py. What
-follows here is the implementation in plain torch, for any device and dtype.
+The rest, in lstm_sums.py, is matrix products on `dpre` and, for dW_hr, on dh: dx row by row, dW and
+db sums over time. What follows here is the implementation in plain torch, for any device and real
+dtype.
 
 Shapes: T steps, B sequences, N rows (T·B, or Σ batch_sizes when packed), I inputs, H hidden units,
 P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
 
     x (N, I)   h0, h_n (D, B, P)   c0, c_n (D, B, H)   y (N, D·P)   gates, dpre (D, N, 4H)
-    cells (D, N, H)   dh (D, N, P)   batch_sizes (T,) int64 on the CPU, or None
+    cells (D, N, H)   dh (D, N, P), or (D, 0) without W_hr
+    batch_sizes (T,) int64 on the CPU, or None
 
 The second direction runs from the last step to the first; with `reverse`, so does a single one.
 """

@@ -1,5 +1,6 @@
 """Layers for PyTorch whose gradients are derived by hand."""
 
+import torch_manual.functions.lstm_exported  # noqa: F401  # an op that exported programs call
 from torch_manual import chain, functional, init
 from torch_manual.convert import replace, restore
 from torch_manual.gradcheck import GradcheckReport, GradcheckRow, gradcheck

@@ -10,7 +10,7 @@ P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -93,10 +93,9 @@ def lstm_layer(
     projected = any(w.weight_hr is not None for w in weights)
     autocast = torch._C._is_any_autocast_enabled()
     if autocast:
-        cast = autocast_cast if batch_sizes is None and not projected else autocast_factors
-        x, h0, c0, *flat = cast(x, h0, c0, *flat)
+        x, h0, c0, *flat = of_autocast(batch_sizes, projected)(x, h0, c0, *flat)
         weights = by_direction(flat)
-    _check_layer(x, h0, c0, batch_sizes, weights)
+    check_layer(x, h0, c0, batch_sizes, weights)
     if recompute is not None:
         check_recompute(recompute, return_cells)
     if torch.compiler.is_exporting():
@@ -107,7 +106,7 @@ def lstm_layer(
         y, h_n, c_n = lstm_recompute(as_rows(x), h0, c0, batch_sizes, steps, *flat)
     elif duals := lstm_forward_mode(x, h0, c0, batch_sizes, flat, return_cells):
         y, h_n, c_n, cells = duals
-    elif _needs_graph(x, h0, c0, *flat):
+    elif needs_graph(x, h0, c0, *flat):
         y, h_n, c_n, cells, _ = _apply(as_rows(x), h0, c0, batch_sizes, *flat)
     else:
         with autocast_off(x):
@@ -122,6 +121,14 @@ def lstm_layer(
     if not return_cells:
         return y, h_n, c_n
     return y, h_n, c_n, as_before(cells.movedim(0, 1).flatten(1), x)
+
+
+def of_autocast(batch_sizes: Tensor | None, projected: bool) -> Callable[..., tuple]:
+    """How autocast casts the arguments of a layer; the y and h_n of a projection it casts as well.
+
+    Stock has one op for the others, all of whose tensors are cast.
+    """
+    return autocast_cast if batch_sizes is None and not projected else autocast_factors
 
 
 class LSTMFunction(PositionalFunction):
@@ -209,7 +216,7 @@ def _apply(*args: Any) -> tuple[Tensor, ...]:
     return LSTMFunction.apply(*args)
 
 
-def _needs_graph(*tensors: Tensor | None) -> bool:
+def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether what backward, forward mode or a transform of torch.func needs must be kept."""
     if transforms_are_active():
         return True
@@ -237,7 +244,7 @@ def check_recompute(recompute: object, return_cells: bool) -> None:
         raise ValueError("recompute saves nothing when return_cells=True keeps every c_t")
 
 
-def _check_layer(
+def check_layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -315,69 +322,3 @@ def _refuse(x: Tensor, other: Tensor, kind: str) -> NoReturn:
         f"Input and {kind} tensors are not the same dtype, "
         f"found input tensor with {x.dtype} and {kind} tensor with {other.dtype}"
     )
-
-
-# What exported graphs hold. The op of a compiled graph's forward pass, torch_manual::lstm_forward,
-# has no gradient: there the graph of the backward pass stands beside it.
-
-
-def _exported(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    batch_sizes: Tensor | None,
-    weights: Sequence[Tensor | None],
-    return_cells: bool,
-) -> tuple[Tensor, ...]:
-    _check_layer(x, h0, c0, batch_sizes, by_direction(weights))
-    with autocast_off(x):
-        y, h_n, c_n, _, cells = lstm_forward(x, h0, c0, batch_sizes, weights, return_cells)
-    return y, h_n, c_n, cells
-
-
-def _exported_with_gradients(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    batch_sizes: Tensor | None,
-    weights: Sequence[Tensor | None],
-    return_cells: bool,
-) -> tuple[Tensor, ...]:
-    if not _needs_graph(x, h0, c0, *weights):
-        with torch._C._AutoDispatchBelowAutograd():
-            op = torch.ops.torch_manual.lstm_layer.default
-            return op(x, h0, c0, batch_sizes, weights, return_cells)
-    _check_layer(x, h0, c0, batch_sizes, by_direction(weights))
-    y, h_n, c_n, cells, _ = LSTMFunction.apply(x, h0, c0, batch_sizes, *weights)
-    return y, h_n, c_n, cells if return_cells else x.new_empty(0)
-
-
-def _exported_under_autocast(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    batch_sizes: Tensor | None,
-    weights: Sequence[Tensor | None],
-    return_cells: bool,
-) -> tuple[Tensor, ...]:
-    projected = by_direction(weights)[0].weight_hr is not None
-    cast = autocast_cast if batch_sizes is None and not projected else autocast_factors
-    x, h0, c0, *weights = cast(x, h0, c0, *weights)
-    with autocast_off(x):
-        op = torch.ops.torch_manual.lstm_layer.default
-        y, h_n, c_n, cells = op(x, h0, c0, batch_sizes, weights, return_cells)
-    if projected:
-        y, h_n = autocast_cast(y, h_n)
-    return y, h_n, c_n, cells
-
-
-torch.library.define(
-    "torch_manual::lstm_layer",
-    "(Tensor x, Tensor h0, Tensor c0, Tensor? batch_sizes, Tensor?[] weights, bool return_cells)"
-    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells)",
-)
-torch.library.impl("torch_manual::lstm_layer", "default", _exported)
-for _key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # our Function knows the transforms
-    torch.library.impl("torch_manual::lstm_layer", _key, _exported_with_gradients)
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    torch.library.impl("torch_manual::lstm_layer", _key, _exported_under_autocast)

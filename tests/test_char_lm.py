@@ -448,7 +448,7 @@ def test_script_says_what_to_install():
     folder = f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); "
     result = run_script("-c", folder + without_rich, str(ROOT / "examples" / "char_lm.py"))
     assert result.returncode == 2
-    assert_one_line(result.stderr, "pip install torch-manual[examples]")
+    assert_one_line(result.stderr, "pip install '.[examples]'")
 
 
 def test_unigram_entropy():

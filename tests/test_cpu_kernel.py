@@ -275,7 +275,7 @@ def test_freed_weights_are_refused():
     y, _ = m(x)
     m.weight_hh_l0.untyped_storage().resize_(0)
     for run in (lambda: m(x), y.sum().backward):
-        with pytest.raises(RuntimeError, match=r"a weight of shape \(36, 9\) has no memory"):
+        with pytest.raises(RuntimeError, match=r"a tensor of shape \(36, 9\) has no memory"):
             run()
 
 

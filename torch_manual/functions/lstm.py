@@ -23,7 +23,6 @@ from torch_manual.functions._function import (
     is_wrapped,
     keep_signature,
     one_node,
-    refuse_complex,
 )
 from torch_manual.functions.lstm_compiled import lstm_gradients_op
 from torch_manual.functions.lstm_forward_mode import lstm_forward_mode
@@ -35,7 +34,7 @@ from torch_manual.functions.lstm_second_order import (
     fold,
     vmap_by_loop,
 )
-from torch_manual.kernels.lstm import LSTMWeights, by_direction, dispatched, lstm_forward
+from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_forward
 from torch_manual.kernels.rows import as_before, as_rows
 
 _SHAPES = {  # those of the peepholes are theirs to choose
@@ -90,9 +89,9 @@ def lstm_layer(
         TypeError: complex tensors.
     """
     flat = [t for w in weights for t in w]
-    projected = any(w.weight_hr is not None for w in weights)
     autocast = torch._C._is_any_autocast_enabled()
     if autocast:
+        projected = any(w.weight_hr is not None for w in weights)
         x, h0, c0, *flat = of_autocast(batch_sizes, projected)(x, h0, c0, *flat)
         weights = by_direction(flat)
     check_layer(x, h0, c0, batch_sizes, weights)
@@ -113,8 +112,8 @@ def lstm_layer(
             y, h_n, c_n, _, cells = lstm_forward(
                 as_rows(x), h0, c0, batch_sizes, flat, return_cells
             )
-        if y.dim() != x.dim() and not dispatched(y):  # a view from no_grad is not to be changed
-            y = y.resize_(*x.shape[:-1], y.shape[-1])
+        if y.dim() != x.dim() and type(y) is Tensor and not torch.compiler.is_compiling():
+            y.resize_(*x.shape[:-1], y.shape[-1])  # a view from no_grad is not to be changed
     y = as_before(y, x)
     if autocast and projected:
         y, h_n = autocast_cast(y, h_n)
@@ -278,8 +277,6 @@ def check_arguments(
 ) -> None:
     """Refuse what does not fit together, given I, P and H."""
     (I, P, H), dtype, device = sizes, x.dtype, x.device
-    if dtype.is_complex:
-        refuse_complex("lstm", x)
     for state in (h0, c0):
         if state.dtype is not dtype or state.device != device:
             _refuse(x, state, "hidden")

@@ -50,7 +50,7 @@ class LSTMRecomputeFunction(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
         run: Any = _forward
-        if dispatched(x, h0, c0, *weights):
+        if dispatched(x, h0, c0, weights=weights):
             run = torch.ops.torch_manual.lstm_recompute.default
         by_kernel = cpu_gradients.does(x, weights)
         return tuple(run(x, h0, c0, batch_sizes, weights, steps, by_kernel))
@@ -91,7 +91,7 @@ class LSTMRecomputeGradientFunction(torch.autograd.Function):
         if any(t is not None and is_legacy_batchedtensor(t) for t in tensors[:3]):
             raise RuntimeError("lstm: with recompute gradients cannot be batched")
         run: Any = _gradients
-        if dispatched(*tensors):
+        if dispatched(*tensors[:9], weights=tensors[9:]):
             run = torch.ops.torch_manual.lstm_recompute_gradients.default
         given = iter(run(needs, *tensors[:9], tensors[9:], steps, by_kernel))
         return tuple(next(given) if need else None for need in needs)

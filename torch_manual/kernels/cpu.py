@@ -254,9 +254,15 @@ def in_c_order(
     weights: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], tuple[int, ...], bool]:
     """The weights in C order, their addresses (of two directions), and if peepholes are full."""
-    if not all(w is None or w.is_contiguous() for w in weights):
-        weights = [None if w is None else w.contiguous() for w in weights]
-    pointers = addresses(weights)
+    at = []
+    for w in weights:
+        if w is None:
+            at.append(0)
+        elif w.is_contiguous():
+            at.append(w.data_ptr() or none_of(w))
+        else:
+            return in_c_order([None if w is None else w.contiguous() for w in weights])
+    pointers = tuple(at)
     full = pointers[5:_WEIGHTS] != _NONE[5:] and _is_full(weights[5:_WEIGHTS])
     return weights, pointers if len(pointers) > _WEIGHTS else pointers + _NONE, full
 
@@ -270,6 +276,8 @@ def none_of(t: Tensor) -> int:
     """The address of a tensor that has none: of no numbers, or freed."""
     if t.numel() == 0:
         return 0
+    if t._is_zerotensor():
+        raise RuntimeError(f"lstm: a tensor of shape {tuple(t.shape)} is a ZeroTensor: clone it")
     raise RuntimeError(
         f"lstm: a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as "
         "fully_shard does with weights after a module's forward or backward pass"

@@ -27,7 +27,7 @@ _arguments = struct.Struct(f"{cpu.SIZES_WORDS + 4 + 6 + 17 + 4 * _N_WEIGHTS}q").
 
 def serves(x: Tensor, weights: Sequence[Tensor | None], *others: Tensor | None) -> bool:
     """Whether this file does, given all tensors of a call."""
-    return does(x, weights) and not dispatched(x, *others, *weights)
+    return does(x, weights) and not dispatched(x, *others, weights=weights)
 
 
 def does(x: Tensor, weights: Sequence[Tensor | None]) -> bool:

@@ -63,6 +63,8 @@ def _forward(
     save: bool,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if x.is_complex():
+        raise TypeError(f"lstm: tensors must be real, got {x.dtype}")
     dtype = _compute_dtype(x)
     results = [
         _forward_direction(x.to(dtype), h, c, batch_sizes, _cast(w, dtype), bool(d) or reverse)
@@ -304,12 +306,12 @@ torch.library.impl("torch_manual::lstm_forward", "cuda", _forward_cuda)
 torch.library.impl("torch_manual::lstm_backward", "cuda", _backward_cuda)
 
 
-def dispatched(*tensors: Tensor | None) -> bool:
+def dispatched(*tensors: Tensor | None, weights: Sequence[Tensor | None] = ()) -> bool:
     """Whether PyTorch's dispatcher must see a call with these tensors.
 
     A step takes the kernel a few microseconds and the dispatcher as long again, so that CPU tensors
     go without it when nobody listens: no tracer, no mode, no transform, no subclass, no view that
-    negates, no zeros without memory.
+    negates. `weights` that are parameters are where the other tensors are, and no such view.
     """
     if (
         torch.compiler.is_compiling()
@@ -318,21 +320,19 @@ def dispatched(*tensors: Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
     ):
         return True
+    plain = Tensor, Parameter
     for t in tensors:
-        if t is None:
-            continue
-        kind = type(t)
-        if kind is Tensor:
-            if is_legacy_batchedtensor(t) or not t.is_cpu or t.is_neg() or t._is_zerotensor():
-                return True
-        elif kind is not Parameter or t.is_neg():  # parameters are where the other tensors are
+        if t is not None and (
+            type(t) not in plain or is_legacy_batchedtensor(t) or not t.is_cpu or t.is_neg()
+        ):
             return True
-    return False
+    others = [w for w in weights if w is not None and type(w) is not Parameter]
+    return bool(others) and dispatched(*others)
 
 
 def lstm_forward(x: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """`torch_manual::lstm_forward`."""
-    if dispatched(x, h0, c0, *rest[1]):
+    if dispatched(x, h0, c0, weights=rest[1]):
         return torch.ops.torch_manual.lstm_forward.default(x, h0, c0, *rest)
     return _forward_cpu(x, h0, c0, *rest)
 
@@ -345,7 +345,7 @@ def lstm_step(
     None of these is a view, so that they may leave an `autograd.Function` and be changed in place.
     """
     if (
-        dispatched(x, h, c, *weights)
+        dispatched(x, h, c, weights=weights)
         or backend.triton_serves(x)
         or not cpu_library.serves(x.dtype)
         or x.dtype in cpu_library.HALF
@@ -358,6 +358,6 @@ def lstm_step(
 def lstm_backward(*args: Any) -> tuple[Tensor, ...]:
     """`torch_manual::lstm_backward`."""
     dy, dh_n, dc_n, dcells, c0, _, weights, gates, cells = args[:9]
-    if dispatched(dy, dh_n, dc_n, dcells, c0, *weights, gates, cells):
+    if dispatched(dy, dh_n, dc_n, dcells, c0, gates, cells, weights=weights):
         return torch.ops.torch_manual.lstm_backward.default(*args)
     return _backward_cpu(*args)

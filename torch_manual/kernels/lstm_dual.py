@@ -32,7 +32,7 @@ def lstm_dual(
     if (
         w.weight_hr is None
         and (w.weight_ci is None or w.weight_ci.dim() == 1)
-        and not dispatched(tx, th0, tc0, *tweights, x, h0, c0, *weights)
+        and not dispatched(tx, th0, tc0, *tweights, x, h0, c0, weights=weights)
         and not backend.triton_serves(x)
         and cpu_library.serves(x.dtype)
         and x.dtype not in cpu_library.HALF

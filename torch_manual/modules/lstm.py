@@ -195,7 +195,7 @@ class LSTM(nn.RNNBase):
             )
             h_n.append(h)
             c_n.append(c)
-        if self._stock_lets_change(x, batch_sizes):
+        if x.requires_grad and self._stock_lets_change(x, batch_sizes):
             x = x.clone()
         if self.num_layers == 1:
             return x, h_n[0], c_n[0], *cells
@@ -204,12 +204,12 @@ class LSTM(nn.RNNBase):
     def _stock_lets_change(self, output: Tensor, batch_sizes: Tensor | None) -> bool:
         """Whether it may be changed in place before the backward pass, for which we keep it.
 
-        `nn.LSTM` keeps it, too, on a GPU and in its float32 path of oneDNN, and refuses that.
+        `nn.LSTM` keeps it on a GPU and in its float32 path of oneDNN, and refuses that there.
         """
         onednn = batch_sizes is None and output.dtype == torch.float32
         onednn = onednn and not self.bidirectional and not self.proj_size
         traced = torch.compiler.is_compiling()
-        return output.requires_grad and output.is_cpu and not onednn and not traced
+        return output.is_cpu and not onednn and not traced
 
     def _weights(self, directions: slice) -> list[LSTMWeights]:
         """The parameters as they are now, in the order of LSTMWeights."""

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -397,6 +398,34 @@ def test_after_fork(before):
     os.waitpid(child, 0)
     os.close(read)
     assert answer == b"right"
+
+
+def test_a_signal_in_a_forked_child_waits_for_the_kernel(monkeypatch):
+    """What a handler raises would free the tensors that are being written."""
+    written = []
+
+    class Interrupted(Exception):
+        pass
+
+    def kernel():
+        time.sleep(0.5)
+        written.append(True)
+        return 0
+
+    def interrupt(*_):
+        raise Interrupted
+
+    torch.set_num_threads(2)
+    monkeypatch.setattr(cpu_library, "_forked", True)
+    monkeypatch.setattr(cpu_library, "_caller", None)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Interrupted):
+            cpu_library._run(kernel)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert written
 
 
 def test_two_live_graphs_and_a_second_backward():

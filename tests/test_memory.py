@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +116,19 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_a_call_computes_with_is_kept_and_given_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    m = torch_manual.LSTM(1024, 1024).requires_grad_(False)  # 32 MiB of packed weights
+    x = torch.randn(4, 40, 1024, requires_grad=True)
+    m(x)[0].sum().backward()
+    memory.drop_free()
+    kept = resident()
+    torch_manual.empty_cache()
+    assert kept - resident() > 30 << 20
 
 
 def test_no_memory_is_torchs_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -112,6 +113,33 @@ def test_forward_mode_shares_them(instruction_set, monkeypatch):
                 patch.setattr(packed, "key_of", lambda *_: None)
                 assert equal(results, dual())
             p.weights[1].data.neg_()
+
+
+def test_written_while_it_is_packed():
+    """By another thread, and back again: no copy of what was there between is kept."""
+    m = torch_manual.LSTM(512, 512).requires_grad_(False)
+    given = [w.clone() for w in m.parameters()]
+    other = [0.05 * torch.randn_like(w) for w in given]
+    x = torch.randn(3, 30, 512)
+    right, _ = m(x)
+
+    def swap():
+        while not done.is_set():
+            for numbers in (other, given):
+                for w, n in zip(m.parameters(), numbers, strict=True):
+                    w.copy_(n)
+                time.sleep(0.0003)
+
+    for _ in range(15):
+        done = threading.Event()
+        thread = threading.Thread(target=swap)
+        thread.start()
+        for _ in range(30):
+            m(x)
+        done.set()
+        thread.join()
+        assert all(map(torch.equal, m.parameters(), given))
+        assert torch.equal(m(x)[0], right)
 
 
 def single_changes(w):

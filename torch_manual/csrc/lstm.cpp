@@ -36,6 +36,9 @@ EXPORT int64_t multiply_add_float64(int64_t threads, int64_t repeats) {
     return multiply_add<double>(threads, repeats);
 }
 
+// Gives back the memory that the last call has left for the next one.
+EXPORT void drop_workspace() { Workspace::drop(); }
+
 // The best of the instruction sets built that this processor has.
 EXPORT const char* best_instruction_set() {
 #if defined(__x86_64__)

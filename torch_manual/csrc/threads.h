@@ -169,6 +169,9 @@ class Workspace {
         free(block);
     }
 
+    // Gives what is kept back to the system.
+    static void drop() { free(__atomic_exchange_n(&kept, nullptr, __ATOMIC_ACQ_REL)); }
+
     template <typename T>
     T* take(int64_t count) {
         char* piece = block ? (char*)block + used : nullptr;
@@ -198,7 +201,7 @@ class Workspace {
     struct Block {
         int64_t bytes;  // then, 128 bytes from here, the first piece
     };
-    static constexpr int64_t most_kept = 64 << 20;
+    static constexpr int64_t most_kept = 256 << 20;
     static inline Block* kept = nullptr;
 
     Block* block = nullptr;

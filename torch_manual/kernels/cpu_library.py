@@ -62,6 +62,7 @@ class _Chosen(NamedTuple):
 
 chosen = _Chosen(instruction_set=os.environ.get("TORCH_MANUAL_INSTRUCTION_SET"))
 _libraries: dict[str, dict[tuple[str, torch.dtype], Any]] = {}
+_loaded: list[ctypes.CDLL] = []
 _status: str | None = None
 _forked = False
 _caller: ThreadPoolExecutor | None = None  # in a forked child; its one thread has its own OpenMP's
@@ -149,12 +150,19 @@ def _functions() -> dict[tuple[str, torch.dtype], Any]:
     key = chosen.instruction_set or ""
     if key not in _libraries:
         library = ctypes.CDLL(str(_path(instruction_set())))
+        _loaded.append(library)
         _libraries[key] = {
             (name, dtype): getattr(library, f"{name}_{suffix}")
             for name in _FUNCTIONS
             for dtype, suffix in ((torch.float32, "float32"), (torch.float64, "float64"))
         }
     return _libraries[key]
+
+
+def drop_workspace() -> None:
+    """Give back to the system the memory that the last call has left for the next one."""
+    for library in _loaded:
+        library.drop_workspace()
 
 
 def _after_fork() -> None:

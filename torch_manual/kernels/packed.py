@@ -83,7 +83,9 @@ def kept_bytes() -> int:
 def empty_cache() -> None:
     """Give back to the system the CPU memory that layers keep for later calls.
 
-    It is at most 256 MiB of packed weights and 256 MiB of blocks for outputs and gradients.
+    It is at most 256 MiB each of packed weights, of blocks for outputs and gradients, and of what a
+    call computes with.
     """
     _free.clear()
     memory.drop_free()
+    cpu_library.drop_workspace()

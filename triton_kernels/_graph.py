@@ -10,9 +10,8 @@ from torch import Tensor
 KEPT = 64  # graphs; the one used longest ago is dropped first
 WORTH = 3  # calls at the same addresses, before a graph is captured
 
-_graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | int] = (
-    OrderedDict()
-)  # or how many calls so far
+# or how many calls there were so far
+_graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | int] = OrderedDict()
 _streams: dict[torch.device, torch.cuda.Stream] = {}  # to capture on
 _lock = threading.Lock()  # autograd has a thread for each device
 

@@ -133,7 +133,7 @@ def gradcheck(
             The random number generators are put in the same state before every evaluation.
         inputs: the argument, or a tuple of the arguments: tensors, PackedSequences, nested tuples.
             Floating-point tensors are copied to float64, everything else is passed through.
-        eps: half the step of the central difference.
+        eps: half the step of the central difference; of a number above 1 so much of it.
         atol, rtol: the tolerances of the rule above. The defaults find a relative error of 1e-4 in
             gradients above 1e-4; right layers of ordinary size come out near 1e-9.
         samples: at most this many elements of each tensor, or of each gate's rows, are checked,

@@ -48,8 +48,13 @@ def _fake(
     *primal: Any,
 ) -> list[Tensor]:
     p = Primal(*primal)
-    inputs = zip((p.x, p.h0, p.c0, *p.weights), needs, strict=True)
-    return [t.new_empty(t.shape) for t, need in inputs if need and t is not None]
+    return empty_gradients(needs, (p.x, p.h0, p.c0, *p.weights))
+
+
+def empty_gradients(needs: Sequence[bool], inputs: Tensors) -> list[Tensor]:
+    """In place of the gradients of the inputs that need one."""
+    given = zip(inputs, needs, strict=True)
+    return [t.new_empty(t.shape) for t, need in given if need and t is not None]
 
 
 torch.library.define(

@@ -27,7 +27,7 @@ from torch_manual.kernels.lstm_sums import (
     lstm_weight_sums,
 )
 from torch_manual.kernels.lstm_tangent import lstm_backward_tangent, lstm_tangent
-from torch_manual.kernels.rows import Run, previous, runs
+from torch_manual.kernels.rows import Run, n_steps, previous, runs
 
 Tensors = Sequence[Tensor | None]
 
@@ -184,11 +184,11 @@ def blocks(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[Run]:
     Long batches are summed block by block, in the order of the backward pass, so that recomputing
     one block at a time (lstm_recompute.py) adds the very same numbers.
     """
-    n_steps = n_rows // max(batch, 1) if batch_sizes is None else len(batch_sizes)
-    whole = Run(slice(0, n_steps), slice(0, n_rows))
+    T = n_steps(n_rows, batch, batch_sizes)
+    whole = Run(slice(0, T), slice(0, n_rows))
     if n_rows < 2 * BLOCK_ROWS:
         return [whole]
-    sizes = [batch] * n_steps if batch_sizes is None else batch_sizes.tolist()
+    sizes = [batch] * T if batch_sizes is None else batch_sizes.tolist()
     return runs(whole, sizes, 1, BLOCK_ROWS)
 
 

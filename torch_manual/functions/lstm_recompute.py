@@ -20,6 +20,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.functions._function import one_node
+from torch_manual.functions.lstm_compiled import empty_gradients
 from torch_manual.functions.lstm_segments import (
     forward_by_segments,
     gradients_by_segments,
@@ -27,6 +28,7 @@ from torch_manual.functions.lstm_segments import (
 )
 from torch_manual.kernels import cpu_gradients
 from torch_manual.kernels.lstm import dispatched
+from torch_manual.kernels.rows import n_steps
 
 MOST_STEPS = 1 << 31  # between which anything is kept: more than a sequence has
 
@@ -129,7 +131,7 @@ def _fake_forward(
     by_kernel: bool,
 ) -> tuple[Tensor, ...]:
     (_, B, H), N = c0.shape, x.shape[0]
-    T = N // max(B, 1) if batch_sizes is None else batch_sizes.shape[0]
+    T = n_steps(N, B, batch_sizes)
     if by_kernel:
         n = cpu_gradients.most_segments(T, B, H, x.element_size(), steps)
     else:
@@ -183,8 +185,7 @@ def _fake_gradients(
     steps: int,
     by_kernel: bool,
 ) -> list[Tensor]:
-    inputs = zip((x, h0, c0, *weights), needs, strict=True)
-    return [t.new_empty(t.shape) for t, need in inputs if need and t is not None]
+    return empty_gradients(needs, (x, h0, c0, *weights))
 
 
 for _name, _schema, _plain, _fake in (

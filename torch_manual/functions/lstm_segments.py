@@ -22,7 +22,7 @@ from torch_manual.functions.lstm_gradients import (
     sums_of,
 )
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward, lstm_forward
-from torch_manual.kernels.rows import Run, runs
+from torch_manual.kernels.rows import Run, n_steps, runs
 
 MIN_STEPS, MIN_ROWS = 2, 64  # the kernels take fewer in another way, which rounds differently
 
@@ -42,8 +42,7 @@ def forward_by_segments(
     (_, B, P), N = h0.shape, x.shape[0]
     y = x.new_empty(N, h0.shape[0] * P)
     h, c = _copy(h0), _copy(c0)
-    T = N // max(B, 1) if batch_sizes is None else len(batch_sizes)
-    c_starts = c.new_empty(most_segments(N, T, steps), *c.shape)
+    c_starts = c.new_empty(most_segments(N, n_steps(N, B, batch_sizes), steps), *c.shape)
     for d, w in enumerate(by_direction(weights)):
         for k, segment in reversed(segments) if d else segments:
             c_starts[k, d] = c[d]
@@ -95,9 +94,9 @@ def gradients_by_segments(
     return dx, dh if needs[1] else None, dc if needs[2] else None, *dweights
 
 
-def most_segments(n_rows: int, n_steps: int, steps: int) -> int:
+def most_segments(n_rows: int, T: int, steps: int) -> int:
     """How many segments there are at most; each has so many steps, or is a block."""
-    return n_steps // max(steps, MIN_STEPS) + most_blocks(n_rows)
+    return T // max(steps, MIN_STEPS) + most_blocks(n_rows)
 
 
 def _backward_direction(
@@ -167,7 +166,7 @@ def _backward_direction(
 def _plan(x: Tensor, states: Tensor, batch_sizes: Tensor | None, steps: int) -> Plan:
     """The blocks of lstm_gradients, each as its numbered segments of `steps` steps or more."""
     N, B = x.shape[0], states.shape[-2]
-    sizes = [B] * (N // max(B, 1)) if batch_sizes is None else batch_sizes.tolist()
+    sizes = [B] * n_steps(N, B, None) if batch_sizes is None else batch_sizes.tolist()
     plan: Plan = []
     k = 0
     for block in blocks(N, B, batch_sizes):

@@ -31,6 +31,11 @@ def steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def n_steps(n_rows: int, batch: int, batch_sizes: Tensor | None) -> int:
+    """T; traced, too."""
+    return n_rows // max(batch, 1) if batch_sizes is None else batch_sizes.shape[0]
+
+
 def check_batch_sizes(batch_sizes: Tensor, n_rows: int, batch: int) -> None:
     """Refuse what are not the sizes of a packed batch of so many rows and sequences.
 

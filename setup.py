@@ -4,6 +4,7 @@ Without a compiler the install succeeds, and plain torch ops serve.
 """
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -36,6 +37,12 @@ class BuildKernel(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or True  # an object per instruction set, all at once
+
+    def run(self) -> None:
+        if self.inplace:  # a build that fails must leave no kernel, not an old one
+            for ext in self.extensions:
+                Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"

@@ -76,7 +76,7 @@ def test_float32_is_as_accurate_as_plain_torch(instruction_set):
     for sizes, name in itertools.product(SIZES, CLASSES):
         p = problem(*sizes, **CLASSES[name])
         right, single = dual(p, 63, "eager"), p.to(torch.float32)
-        bound = 3 * error(dual(single, 63, "eager"), right) + 1e-5
+        bound = 3 * error(dual(single, 63, "eager"), right) + 2e-6
         with cpu_library.override(instruction_set=instruction_set):
             assert (error(dual(single, 63, "cpu"), right) <= bound).all(), (sizes, name)
 
@@ -86,7 +86,7 @@ def test_half_precision_computes_in_float32(dtype):
     p = problem(5, 4, 3, 17, D=2, packed=True).to(dtype)
     for a, b in zip(dual(p, 63, "cpu"), dual(p, 63, "eager"), strict=True):
         assert a.dtype == dtype
-        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
 
 
 def test_any_layout():

@@ -57,9 +57,10 @@ def test_agrees_with_plain_torch(instruction_set, name):
             assert (error(ours, right) <= 1e-11).all(), (sizes, grid, error(ours, right))
 
 
+@pytest.mark.parametrize("I", [2, 0])
 @pytest.mark.parametrize("name", CLASSES)
-def test_any_tangent_may_be_missing(name):
-    p = problem(4, 3, 2, 5, **CLASSES[name])
+def test_any_tangent_may_be_missing(name, I):
+    p = problem(4, 3, I, 5, **CLASSES[name])
     for given in range(64):
         right, ours = tangents(p, given, "eager"), tangents(p, given, "cpu")
         assert (error(ours, right) <= 1e-12).all(), given
@@ -70,7 +71,7 @@ def test_float32_is_as_accurate_as_plain_torch(instruction_set):
     for sizes, name in itertools.product(SIZES, CLASSES):
         p = problem(*sizes, **CLASSES[name])
         right, single = tangents(p, 63, "eager"), p.to(torch.float32)
-        bound = 3 * error(tangents(single, 63, "eager"), right) + 1e-5
+        bound = 3 * error(tangents(single, 63, "eager"), right) + 2e-6
         with cpu_library.override(instruction_set=instruction_set):
             assert (error(tangents(single, 63, "cpu"), right) <= bound).all(), (sizes, name)
 
@@ -80,7 +81,7 @@ def test_half_precision_computes_in_float32(dtype):
     p = problem(5, 4, 3, 17, D=2, packed=True).to(dtype)
     for a, b in zip(tangents(p, 63, "cpu"), tangents(p, 63, "eager"), strict=True):
         assert a.dtype == dtype
-        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
 
 
 def test_empty_batch():

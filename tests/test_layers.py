@@ -220,6 +220,7 @@ def test_complex_tensors_are_refused():
         lambda: functional.sigmoid(z),
         lambda: functional.tanh(z),
         lambda: functional.linear(z, z),
+        lambda: functional.embedding(torch.tensor([0]), z),
         lambda: functional.two_linear(z, z.T, z),
         lambda: torch_manual.LSTM(3, 4, dtype=z.dtype)(z),
         lambda: torch_manual.LSTMCell(3, 4, dtype=z.dtype)(z),

@@ -65,8 +65,8 @@ def _triton_and_poison():
     torch.use_deterministic_algorithms(False)
 
 
-def outputs_and_gradients(case, sample, dtype, inputs=None, **kwargs):
-    module = case.build(sample, dtype, return_cells=True, **kwargs)
+def outputs_and_gradients(case, sample, dtype):
+    module = case.build(sample, dtype, return_cells=True)
     inputs = sample.inputs(dtype)
     outputs = run(module, sample, *inputs)
     return [

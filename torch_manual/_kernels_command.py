@@ -31,6 +31,7 @@ COLUMNS: tuple[str, ...] = (
     "warps",
     "peepholes",
     "aligned",
+    "form",
 )
 COLUMNS += ("registers", "spill_bytes", "shared_bytes", "HMMA", "LDSM", "BAR", "MUFU")
 COLUMNS += ("H", "estimated_us")
@@ -132,7 +133,7 @@ def over_budget(result: dict[str, Any], chip: Chip) -> str:
 
 
 def estimate(plan: Any, shape: Shape, chip: Chip) -> float:
-    """Seconds of one step by the model of docs/gpu_kernels.md; never compared with hardware."""
+    """Seconds of one step by latency, bandwidth and arithmetic; never compared with hardware."""
     flops, memory, cache = SPEED[chip.architecture]
     B, H, size = shape.B, shape.H, shape.dtype.itemsize
     flops *= {8: 1 / 16, 4: 1 / 16 if shape.precision == "ieee" else 1 / 2}.get(size, 1)

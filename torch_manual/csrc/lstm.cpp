@@ -10,13 +10,13 @@
 
 // `name`_float32 and `name`_float64: `run` of such a structure, if the caller has it of the same size.
 #define SERVE(name, Arguments, ...)                                               \
-    EXPORT int name##_float32(const Arguments<float>* a, int64_t bytes) {         \
+    EXPORT int name##_float32(const Arguments<float>* a, int bytes) {         \
         using real = float;                                                       \
-        return bytes == (int64_t)sizeof(*a) ? __VA_ARGS__(*a) : OUTDATED;         \
+        return bytes == (int)sizeof(*a) ? __VA_ARGS__(*a) : OUTDATED;         \
     }                                                                             \
-    EXPORT int name##_float64(const Arguments<double>* a, int64_t bytes) {        \
+    EXPORT int name##_float64(const Arguments<double>* a, int bytes) {        \
         using real = double;                                                      \
-        return bytes == (int64_t)sizeof(*a) ? __VA_ARGS__(*a) : OUTDATED;         \
+        return bytes == (int)sizeof(*a) ? __VA_ARGS__(*a) : OUTDATED;         \
     }
 
 SERVE(lstm_forward, ForwardArguments, run_layer<Forward<real>>)

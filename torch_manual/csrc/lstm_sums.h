@@ -1,4 +1,5 @@
-// The gradients that are sums over all steps, as matrix products: B10, and B11 to B13.
+// The gradients that are sums over all steps, as matrix products: B10, and B11 to B13; and
+// B15 of diagonal peepholes.
 //
 // Sums over rows are long: they are closed every `depth` rows, for which dpre and what it is
 // multiplied with are packed.

@@ -22,17 +22,13 @@ template <typename real, bool tangent>
 NOINLINE void Forward<real, tangent>::gate_tangents(const Step& step, int64_t b, int64_t u,
                                                   const vec (&tpre)[4]) const {
     const int64_t lanes = H - u;
-    const bool diagonal = !full();
-    auto peep = [&](const real* weight, vec tc) {
-        return diagonal && weight ? tc * load(weight + u, lanes) : vec{};
-    };
     const real* of = step.of_gates + b * 4 * H + u;
     const vec i = load(of, lanes), f = load(of + H, lanes), g = load(of + 2 * H, lanes);
     const vec c_prev = load(b < step.has_prev ? step.of_cells_prev + b * H + u
                                               : args->of_c0 + (direction * B + b) * H + u, lanes);
     const vec tc_prev = load(step.c_prev + b * stride_c + u, lanes);
-    const vec ti = i * ((real)1 - i) * (tpre[0] + peep(w.weight_ci, tc_prev));  // R2
-    const vec tf = f * ((real)1 - f) * (tpre[1] + peep(w.weight_cf, tc_prev));  // R3
+    const vec ti = i * ((real)1 - i) * (tpre[0] + peep(w.weight_ci, u, tc_prev));  // R2
+    const vec tf = f * ((real)1 - f) * (tpre[1] + peep(w.weight_cf, u, tc_prev));  // R3
     const vec tg = ((real)1 - g * g) * tpre[2];                                 // R4
     const vec tc = tf * c_prev + f * tc_prev + ti * g + i * tg;                 // R5
     store(step.c + b * stride_c + u, tc, lanes);
@@ -42,7 +38,7 @@ NOINLINE void Forward<real, tangent>::gate_tangents(const Step& step, int64_t b,
     if (full())
         store(tgates + 3 * H, tpre[3], lanes);
     else
-        output_tangent(step, b, u, tpre[3] + peep(w.weight_co, tc), tc);
+        output_tangent(step, b, u, tpre[3] + peep(w.weight_co, u, tc), tc);
 }
 
 template <typename real, bool tangent>

@@ -6,7 +6,7 @@
 
 namespace {
 
-// Floating-point operations that `threads` threads do, a multiplication and an addition each time,
+// Floating-point operations that so many `threads` do, or those that there are, a multiplication and an addition each time,
 // with nothing but registers: `repeats` times on more sums than the additions take cycles.
 template <typename real>
 int64_t multiply_add(int64_t threads, int64_t repeats) {
@@ -15,7 +15,9 @@ int64_t multiply_add(int64_t threads, int64_t repeats) {
 #else
     constexpr int sums = 12;
 #endif
-    run_on(threads, [&](int64_t, int64_t, Barrier& everyone) {
+    int64_t granted = 1;
+    run_on(threads, [&](int64_t thread, int64_t n, Barrier& everyone) {
+        if (thread == 0) granted = n;
         volatile real unknown = 0;  // else the compiler sees that all sums are one
         vec_of<real> sum[sums], half = broadcast<real>((real)0.5);
         for (int s = 0; s < sums; s++) sum[s] = broadcast<real>(unknown);
@@ -25,7 +27,7 @@ int64_t multiply_add(int64_t threads, int64_t repeats) {
             for (int s = 0; s < sums; s++) sum[s] = sum[s] * half + half;
         for (int s = 0; s < sums; s++) __asm__ volatile("" : : "m"(sum[s]));
     });
-    return 2 * sums * Vector<real>::lanes * threads * repeats;
+    return 2 * sums * Vector<real>::lanes * granted * repeats;
 }
 
 }  // namespace

@@ -166,12 +166,6 @@ INLINE void add_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t 
     product<true>(sum, a, stride_a, panel, step, K);
 }
 
-template <typename real, int ROWS, int VECS>
-INLINE void set_product(vec_of<real> (&sum)[ROWS][VECS], const real* a, int64_t stride_a,
-                        const real* panel, int64_t step, int64_t K) {
-    product<false>(sum, a, stride_a, panel, step, K);
-}
-
 // sum[r][g] += Σ_k a[r][k] · w_g[k], over the lanes of `sum`: for weights too rarely used to pack.
 template <typename real, int ROWS, int GATES>
 INLINE void add_dots(vec_of<real> (&sum)[ROWS][GATES], const real* a, int64_t stride_a,

@@ -158,7 +158,7 @@ class LogSoftmaxFunction(torch.autograd.Function):
 def sigmoid(input: Tensor) -> Tensor:
     """F1  Y = 1 / (1 + exp(−X)), like torch.nn.functional.sigmoid.
 
-    Shapes: any → the same. Saves: the output. Errors: none of its own.
+    Shapes: any → the same. Saves: the output. Errors: TypeError for complex tensors.
     Source: equation (17) of the article; docs/derivations/activation.md.
     """
     refuse_complex("sigmoid", input)
@@ -168,7 +168,7 @@ def sigmoid(input: Tensor) -> Tensor:
 def tanh(input: Tensor) -> Tensor:
     """F2  Y = tanh(X), like torch.nn.functional.tanh.
 
-    Shapes: any → the same. Saves: the output. Errors: none of its own.
+    Shapes: any → the same. Saves: the output. Errors: TypeError for complex tensors.
     Source: equations (21)-(24) of the article; docs/derivations/activation.md.
     """
     refuse_complex("tanh", input)

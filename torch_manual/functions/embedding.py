@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_manual.functions._function import refuse_complex
 from torch_manual.functions.activation import widen
 
 
@@ -64,9 +65,11 @@ def embedding(
     Saves: the indices. `max_norm` first renormalizes the rows looked up, in place and outside the
         gradient, as stock does.
     Errors: ValueError for sparse=True (the gradient is dense); stock's AssertionError for a
-        padding_idx out of range, IndexError for an index out of range.
+        padding_idx out of range, IndexError for an index out of range; TypeError for complex
+        weights.
     Source: docs/derivations/embedding.md.
     """
+    refuse_complex("embedding", weight)
     if sparse:
         raise ValueError(f"embedding: sparse must be False (gradients are dense), got {sparse}")
     if padding_idx is not None:

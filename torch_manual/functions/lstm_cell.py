@@ -49,6 +49,7 @@ def lstm_cell(x: Tensor, hx: tuple[Tensor, Tensor], weights: LSTMWeights) -> tup
     Raises:
         ValueError: a shape does not fit; the message names it.
         RuntimeError: tensors of different devices or dtypes.
+        TypeError: complex tensors.
     """
     h, c = hx
     of_x, of_h, of_c = x.shape, h.shape, c.shape

@@ -57,7 +57,8 @@ def two_linear(input: Tensor, weight_w: Tensor, weight_v: Tensor) -> Tensor:
     Shapes: input (*, I), weight_w (I, H), weight_v (H, O) → (*, O).
     Saves: of input, weight_w and weight_v those that the wanted gradients read. The product X W
         is taken again in the backward pass: a saved intermediate could not be differentiated.
-    Errors: ValueError if the weights are not two matrices that fit the input and each other.
+    Errors: ValueError if the weights are not two matrices that fit the input and each other;
+        TypeError for complex tensors.
     Source: equations (6)-(10) of the article; docs/derivations/two_linear.md.
     """
     features = input.shape[-1] if input.dim() else None

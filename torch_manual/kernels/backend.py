@@ -37,15 +37,36 @@ def _triton_status() -> str:
 
 
 def triton_serves(t: Tensor) -> bool:
-    """Whether the backend asked for lets the Triton kernels serve tensors such as `t`."""
-    if not t.is_cuda:
-        return _requested == "triton"
-    if _requested not in ("auto", "triton"):
-        return False
-    return t.dtype in _TRITON_DTYPES and _triton_status_once() == "available"
+    """Whether the backend asked for lets the Triton kernels serve tensors such as `t`.
+
+    Raises:
+        RuntimeError: `use_backend` asks for a kernel that has no code for `t`.
+    """
+    if _requested == "auto":
+        return t.is_cuda and t.dtype in _TRITON_DTYPES and _triton_status_once() == "available"
+    if _requested == "triton":
+        if not (t.is_cuda or (t.is_cpu and _interpreted())):
+            raise RuntimeError(
+                f"use_backend: the 'triton' kernels serve CUDA tensors, got one on {t.device} "
+                "(CPU tensors with TRITON_INTERPRET=1 set before Python starts)"
+            )
+        if t.dtype not in _TRITON_DTYPES:
+            raise RuntimeError(f"use_backend: the 'triton' kernels have no code for {t.dtype}")
+        return True
+    if _requested == "cpu" and not t.is_cpu:
+        raise RuntimeError(
+            f"use_backend: the 'cpu' kernel serves CPU tensors, got one on {t.device}"
+        )
+    return False
 
 
 _triton_status_once = functools.cache(_triton_status)
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
 
 
 class use_backend:

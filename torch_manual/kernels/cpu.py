@@ -106,13 +106,14 @@ def lstm_step(
     weights, pointers, full = in_c_order(weights)
     gates, cells = (t.data_ptr() for t in kept) if save else (0, 0)
     y, unpacked = h_n.data_ptr(), cpu_grid.unpacked(1, B)
+    grid = cpu_grid.thinned(cpu_grid.grid(1, B, B * 4 * H * (I + P), H, 1))
     key = None if unpacked or save else packed.key_of((I, H, P, 1), weights, pointers)
     block = packed.take(key)
     cpu_library.call(
         "lstm_forward",
         x.dtype,
         _forward_arguments(
-            *(1, B, I, H, P, 1, full, False, *cpu_grid.grid(1, B, B * 4 * H * (I + P), H, 1), 0),
+            *(1, B, I, H, P, 1, full, False, *grid, 0),
             *(unpacked, 0, 0),
             *(x.data_ptr() or none_of(x), h.data_ptr() or none_of(h), c.data_ptr() or none_of(c)),
             *(y, y, c_n.data_ptr(), gates, cells, 0),

@@ -49,8 +49,7 @@ def thinned(grid: Grid) -> Grid:
 
     Their sums are the same: none is shared, and a thread takes on whole places of others.
     """
-    spared = crowding.spared()
-    if not spared or cpu_library.chosen.grid:
+    if grid is _ALONE or not (spared := crowding.spared()) or cpu_library.chosen.grid:
         return grid
     parts = grid.directions * grid.batches
     left = max(1, parts * grid.units - spared)

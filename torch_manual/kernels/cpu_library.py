@@ -134,8 +134,12 @@ def _best_instruction_set() -> str:
     for name in INSTRUCTION_SETS[best:]:
         if _path(name).exists():
             if name == "baseline" and platform.machine() in ("x86_64", "AMD64"):
+                wanted = INSTRUCTION_SETS[best]
                 raise RuntimeError(
                     "the processor has neither AVX2 nor AVX-512: torch ops are faster"
+                    if wanted == name
+                    else f"it was compiled without {wanted}, in which torch ops are faster: "
+                    "install again"
                 )
             return name
     raise RuntimeError(f"no file in {FOLDER} that this processor can run")

@@ -77,7 +77,8 @@ def tangent_direction(
 
 
 def _as_one_product(products: Products) -> tuple[Tensor | None, Tensor | None]:
-    """The factors of the sum of all, (N, K) and (4H, K)."""
+    """The factors of the sum of all, (N, K) and (4H, K); without terms there are none."""
+    products = [factors for factors in products if factors[0].shape[1] > 0]
     if len(products) < 2:
         return products[0] if products else (None, None)
     a, b = zip(*products, strict=True)

@@ -3,9 +3,9 @@
     torch_manual::lstm_forward   x, h0, c0, weights            → y, h_n, c_n, gates, cells
     torch_manual::lstm_backward  dy, dh_n, dc_n, dcells, saved  → dpre, dh, dh0, dc0
 
-The rest, in lstm_sums.py, is matrix products on `dpre` and, for dW_hr, on dh: dx row by row, dW and
-db sums over time. What follows here is the implementation in plain torch, for any device and real
-dtype.
+The rest is matrix products on `dpre` in lstm_sums.py, dx row by row, dW and db sums over time, and
+dW_hr, of dh, in functions/lstm_gradients.py. What follows here is the implementation in plain
+torch, for any device and real dtype.
 
 Shapes: T steps, B sequences, N rows (T·B, or Σ batch_sizes when packed), I inputs, H hidden units,
 P outputs (proj_size, or H), D directions. Gates stand in the order i, f, g, o.

@@ -129,10 +129,10 @@ def lstm_forward(
             precision=_precision(),
             options=plan.options(),
         )
-        h_n = h0.clone(memory_format=torch.contiguous_format)
+        h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
         for d in range(D):
             last = _last_rows(N, B, batch_sizes, bool(d) or reverse)
-            h_n[d, : _alive(B, batch_sizes)] = y[last, d * P : (d + 1) * P]
+            h_n[d] = y[last, d * P : (d + 1) * P]
     empty = x.new_empty(0)
     return (
         y,
@@ -247,7 +247,7 @@ def lstm_backward(
         )
         for d in range(D):  # the first rows of a direction are the last ones of the other
             first = _last_rows(N, B, batch_sizes, not (d or reverse))
-            dh[d, : _alive(B, batch_sizes)] = (dpre[d][first] @ weight_hh[d]).to(dtype)  # B9
+            dh[d] = (dpre[d][first] @ weight_hh[d]).to(dtype)  # B9
     return dpre, gates.new_empty(D, 0), dh.to(gates.dtype), dc.to(gates.dtype)
 
 
@@ -304,20 +304,15 @@ def _starts(batch: int, T: int, batch_sizes: Tensor | None, device: torch.device
     return torch.cat([ends.new_zeros(2), ends, ends[-1:]]).to(device, non_blocking=True)
 
 
-def _alive(batch: int, batch_sizes: Tensor | None) -> int:
-    """How many sequences have a row at all."""
-    return batch if batch_sizes is None else int(batch_sizes[0])
-
-
 def _last_rows(
     n_rows: int, batch: int, batch_sizes: Tensor | None, reverse: bool
 ) -> slice | Tensor:
-    """The row at which the recurrence of each sequence that has one ends."""
+    """The row at which the recurrence of each sequence ends."""
     if reverse:
-        return slice(0, _alive(batch, batch_sizes))
+        return slice(0, batch)
     if batch_sizes is None:
         return slice(n_rows - batch, n_rows)
-    sequence = torch.arange(_alive(batch, batch_sizes))
+    sequence = torch.arange(batch)
     last = (batch_sizes[:, None] > sequence).sum(0) - 1
     return (batch_sizes.cumsum(0) - batch_sizes)[last] + sequence
 

@@ -62,6 +62,13 @@ ACCUMULATED = {  # by level, the pointers to the dtype of accumulation rather th
     2: ["c_ptr", "dh_n_ptr", "dc_ptr"],
     3: ["c_ptr", "dh_n_ptr", "dc_ptr"],
 }
+FORMS = {  # of a pointwise kernel: CELL, OUTPUT and PROJECTED; full peepholes cut a step in two
+    "whole": (True, True, False),
+    "projected": (True, True, True),
+    "cell": (True, False, False),
+    "output": (False, True, False),
+    "output projected": (False, True, True),
+}
 INSTRUCTIONS = ("HMMA", "LDSM", "BAR", "MUFU")
 TIMEOUT = 300  # seconds for one variant
 
@@ -77,17 +84,19 @@ class Variant(NamedTuple):
     peepholes: bool
     aligned: bool  # H % 16 == 0, which Triton compiles apart
     H: int  # the largest that the plan is chosen for
+    form: str = "whole"
 
     def constants(self) -> dict[str, Any]:
         """The kernel's constexprs, at their most: everything saved, dcells given."""
+        cell, output, projected = FORMS[self.form]
         every = {
             "PEEPHOLES": self.peepholes,
             "PRECISION": self.precision,
             "SAVE": True,
             "DCELLS": True,
-            "CELL": True,
-            "OUTPUT": True,
-            "PROJECTED": False,
+            "CELL": cell,
+            "OUTPUT": output,
+            "PROJECTED": projected,
             "PERSISTENT": self.plan.level == 3,
             "SLICES": self.plan.slices,
             "BLOCK": pointwise.BLOCK,
@@ -100,7 +109,10 @@ class Variant(NamedTuple):
 
 
 def variants(chip: Chip) -> list[Variant]:
-    """Return every variant that `choose` can pick for `chip`, and the second order's."""
+    """Return every variant that `choose` can pick for `chip`, and the second order's.
+
+    All save what a backward pass needs: without it a kernel does the same and stores less.
+    """
     found = []
     for (backward, dtype, precision, plan), H in reachable(chip).items():
         names = [f"lstm_{LEVELS[plan.level]}_{'backward' if backward else 'forward'}"]
@@ -108,16 +120,23 @@ def variants(chip: Chip) -> list[Variant]:
             if precision == "tf32":
                 continue  # a matter of torch's products
             names.append("lstm_backward_tangent" if backward else "lstm_tangent")
+        of_plan = chip.architecture, DTYPES[dtype], precision, plan
+        any_width = plan.level == 0 or (plan.level == 1 and H <= 64)
         for name in names:
             for peepholes in (False, True):
-                found.append(
-                    Variant(
-                        name, chip.architecture, DTYPES[dtype], precision, plan, peepholes, True, H
-                    )
-                )
-            if plan.level == 1 and H <= 64:
-                found.append(found[-1]._replace(aligned=False, H=H - 1))
+                for form in _forms(name, peepholes):
+                    found.append(Variant(name, *of_plan, peepholes, True, H, form))
+                    if any_width:
+                        found.append(found[-1]._replace(aligned=False, H=H - 1))
     return found
+
+
+def _forms(name: str, peepholes: bool) -> list[str]:
+    """In which FORMS a kernel is launched, with diagonal peepholes or without."""
+    forms = list(FORMS) if "pointwise" in name else ["whole"]
+    if peepholes:
+        forms = forms[:2]
+    return [form for form in forms if "forward" in name or "projected" not in form]
 
 
 def compile_variant(variant: Variant) -> dict[str, Any]:

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch_manual.triton_kernels.lstm.gates import backward_tangent, load_peepholes, tangent
-
-BLOCK = 256
+from torch_manual.triton_kernels.lstm.pointwise import BLOCK
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -1,5 +1,6 @@
 """What a model does to outputs, states and dtypes of nn.LSTM, done to ours."""
 
+import copy
 import gc
 
 import pytest
@@ -221,3 +222,92 @@ def test_exported_modules_under_autocast():
     theirs.float().sum().backward()
     torch.testing.assert_close(exported.lstm.weight_hh_l0.grad, net.lstm.weight_hh_l0.grad)
     gc.collect()
+
+
+DROP_INS = {
+    "layer": lambda: torch_manual.LSTM(8, 9),
+    "two-directions": lambda: torch_manual.LSTM(8, 9, bidirectional=True),
+    "projection": lambda: torch_manual.LSTM(8, 9, proj_size=2),
+    "recompute": lambda: torch_manual.LSTM(8, 9, recompute=2),
+    "peepholes": lambda: torch_manual.PeepholeLSTM(8, 9, peephole="full"),
+    "cell": lambda: torch_manual.LSTMCell(8, 9),
+    "peephole-cell": lambda: torch_manual.PeepholeLSTMCell(8, 9),
+}
+
+
+def _set_data(module, new):
+    for p in module.parameters():
+        p.data = new(p)
+
+
+CHANGES = {
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "empty": lambda m: _set_data(m, lambda p: p.new_empty(0)),
+    "smaller": lambda m: _set_data(m, lambda p: p.new_zeros(3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("make", DROP_INS.values(), ids=DROP_INS)
+def test_weights_that_have_changed_are_refused_in_the_backward_pass(make, change):
+    """Autograd does not notice: the kernel would read past their end."""
+    module = make()
+    x = torch.randn(*(() if isinstance(module, nn.RNNCellBase) else (5,)), 3, 8)
+    y = module(x)[0]
+    change(module)
+    with pytest.raises(RuntimeError, match="changed since the forward pass"):
+        y.sum().backward()
+
+
+def test_weights_that_have_changed_are_refused_in_a_double_backward():
+    module, x = torch_manual.LSTM(8, 9), torch.randn(5, 3, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+    module.half()
+    with pytest.raises(RuntimeError, match="changed since the forward pass"):
+        dx.sum().backward()
+
+
+HOOKS = {
+    "dtype": lambda t: t.double() if t.is_floating_point() else t,
+    "shape": lambda t: t[:1],
+    "one": lambda t: t.double() if t.shape == (5 * 3, 8) or t.shape == (3, 8) else t,
+}
+
+
+@pytest.mark.parametrize("unpack", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("make", DROP_INS.values(), ids=DROP_INS)
+def test_saved_tensors_that_a_hook_has_changed_are_refused(make, unpack):
+    module = make()
+    x = torch.randn(*(() if isinstance(module, nn.RNNCellBase) else (5,)), 3, 8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = module(x)[0]
+    with pytest.raises(RuntimeError, match="changed since the forward pass"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("make", [torch_manual.LSTM, torch_manual.PeepholeLSTM])
+@pytest.mark.parametrize("proj_size", [0, 3])
+def test_a_weight_that_is_none_is_refused(make, proj_size):
+    module = make(4, 5, proj_size=proj_size)
+    module.weight_hh_l0 = None
+    with torch.no_grad(), pytest.raises(ValueError, match=r"weight_hh must be \(4H, P\).*got None"):
+        module(torch.randn(2, 1, 4))
+
+
+def test_the_gradient_of_a_narrow_projection_is_as_accurate_as_stock():
+    """A sum over 8000 rows of one column, which BLAS adds up in one go."""
+    errors = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        stock = nn.LSTM(3, 20, proj_size=1)
+        x = torch.randn(100, 80, 3)
+        exact = copy.deepcopy(stock).double()
+        right = torch.autograd.grad(exact(x.double())[0].square().mean(), exact.weight_hr_l0)[0]
+        for name, module in (
+            ("stock", stock),
+            ("ours", torch_manual.replace(copy.deepcopy(stock))),
+        ):
+            (dw,) = torch.autograd.grad(module(x)[0].square().mean(), module.weight_hr_l0)
+            errors.setdefault(name, []).append((dw - right).norm() / right.norm())
+    assert sum(errors["ours"]) <= 2 * sum(errors["stock"])

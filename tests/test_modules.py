@@ -701,3 +701,19 @@ def test_checkpointing_gives_the_same_gradients(called, reentrant):
         grads.append([x.grad, *(p.grad for p in module.parameters())])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_is_no_tensor_and_no_weights_is_refused():
+    w, h = LSTMWeights(torch.randn(16, 3), torch.randn(16, 4)), torch.zeros(1, 2, 4)
+    x = torch.randn(5, 2, 3)
+    for call, message in (
+        (lambda: lstm_layer(x, None, h, [w]), "x, h0 and c0 must be tensors, got Tensor, NoneType"),
+        (lambda: lstm_layer(x, h, h, w), "weights must be a list of LSTMWeights"),
+        (lambda: lstm_layer(x, h, h, [w[:2]]), "weights must be a list of LSTMWeights"),
+        (lambda: torch_manual.functional.tanh([1.0]), "tanh: expected a tensor, got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    for weight in ("weight_ih", "weight_hh"):
+        with pytest.raises(ValueError, match=f"{weight} must be .* got None"):
+            lstm_layer(x, h, h, [w._replace(**{weight: None})])

@@ -150,6 +150,13 @@ def gradcheck(
     """
     if not callable(fn):
         raise TypeError(f"gradcheck: fn must be a module or a function, got {type(fn).__name__}")
+    for name, option in (("eps", eps), ("atol", atol), ("rtol", rtol)):
+        if not isinstance(option, (int, float)):
+            raise TypeError(f"gradcheck: {name} must be a number, got {option!r}")
+    if type(seed) is not int:
+        raise TypeError(f"gradcheck: seed must be an int, got {seed!r}")
+    if gates is not None and not isinstance(gates, Mapping):
+        raise TypeError(f"gradcheck: gates must be a dict or None, got {gates!r}")
     if not eps > 0:
         raise ValueError(f"gradcheck: eps must be positive, got {eps}")
     if not (atol >= 0 and rtol >= 0):

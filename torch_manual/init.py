@@ -6,6 +6,7 @@ parameters hold the four gates one after another in the order i, f, g, o.
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import torch
@@ -97,9 +98,10 @@ def chrono_(module: M, max_length: int, min_length: int = 2) -> M:
     _lstm(module, "chrono_")
     if not module.bias:
         raise ValueError("chrono_: module has no bias (bias=False)")
-    if not 2 <= min_length <= max_length:
+    numbers = all(isinstance(n, (int, float)) for n in (min_length, max_length))
+    if not numbers or not 2 <= min_length <= max_length < math.inf:
         raise ValueError(
-            "chrono_: expected 2 <= min_length <= max_length, "
+            "chrono_: expected numbers 2 <= min_length <= max_length, "
             f"got min_length={min_length}, max_length={max_length}"
         )
     for bias_ih, bias_hh in _biases(module):

@@ -37,8 +37,10 @@ class PositionalFunction(torch.autograd.Function):
 
 
 def refuse_complex(name: str, *tensors: Tensor | None) -> None:
-    """Raise for complex tensors: the derivations are of real ones."""
+    """Raise for complex tensors, since the derivations are of real ones, and for what is none."""
     for t in tensors:
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
         if t is not None and t.dtype.is_complex:
             raise TypeError(f"{name}: tensors must be real, got {t.dtype}")
 

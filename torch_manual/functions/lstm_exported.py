@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torch_manual.functions._autocast import autocast_cast, autocast_off
-from torch_manual.functions.lstm import LSTMFunction, check_layer, needs_graph, of_autocast
+from torch_manual.functions.lstm import LSTMFunction, needs_graph, of_autocast
+from torch_manual.functions.lstm_arguments import check_layer
 from torch_manual.kernels.lstm import by_direction, lstm_forward
 
 

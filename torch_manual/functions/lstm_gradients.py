@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_manual.functions._autocast import autocast_off
+from torch_manual.functions.lstm_arguments import check_arguments
 from torch_manual.kernels import cpu_gradients
 from torch_manual.kernels.lstm import LSTMWeights, by_direction, lstm_backward
 from torch_manual.kernels.lstm_sums import (
@@ -34,6 +35,7 @@ Tensors = Sequence[Tensor | None]
 
 NOTHING = LSTMWeights(*(None,) * len(LSTMWeights._fields))  # type: ignore[arg-type]
 BLOCK_ROWS = 4096
+_CHANGED = "changed since the forward pass, through .data, Module.to or a hook of saved tensors"
 
 
 class Primal(NamedTuple):
@@ -51,6 +53,38 @@ class Primal(NamedTuple):
     @classmethod
     def of(cls, tensors: Tensors) -> Primal:
         return cls(*tensors[:7], tensors[7:])  # type: ignore[arg-type, call-arg]
+
+
+def check_saved(outer: Tensors, p: Primal) -> None:
+    """Refuse tensors that are no longer what a forward pass has kept for its derivatives.
+
+    Module.to, `.data` and the hooks of saved tensors change them without autograd's notice.
+
+    Args:
+        outer: gradients, whose dtypes autograd has checked; dy first.
+        p: gates and cells may be None, h0 and c0 without directions.
+    """
+    x, h0, c0, batch_sizes, y, gates, cells, weights = p
+    (N, I), (*_, B, P), H, dtype = x.shape, h0.shape, c0.shape[-1], x.dtype
+    D = len(weights) // len(NOTHING)
+    try:
+        check_arguments((I, P, H), x, h0, c0, by_direction(weights))
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"{error} ({_CHANGED})") from error
+    fits = batch_sizes is not None or N % (B or 1) == 0
+    fits &= h0.numel() == D * B * P and c0.numel() == D * B * H
+    fits &= y.dtype is dtype and y.shape == (N, D * P)
+    if gates is not None:
+        fits &= gates.dtype is cells.dtype is dtype
+        fits &= gates.shape == (D, N, 4 * H) and cells.shape == (D, N, H)
+    for t in outer:
+        fits &= t is None or t.dtype is dtype
+    fits &= outer[0] is None or outer[0].shape == y.shape
+    if not fits:
+        raise RuntimeError(
+            f"lstm: x {tuple(x.shape)} of {dtype}, states, y, gates, cells and the gradients of "
+            f"outputs do not fit together ({_CHANGED})"
+        )
 
 
 class Factors(NamedTuple):
@@ -82,7 +116,10 @@ def lstm_gradients(
             gradients are kept apart: these and dx then have a leading dimension of samples.
         keep_dpre: False if dpre and dh are not looked at; they may then be None.
     """
-    in_blocks = samples is None and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        check_saved(outer, p)
+    in_blocks = samples is None and not compiling
     with autocast_off(p.gates):
         if in_blocks and cpu_gradients.serves(p.x, p.weights, *outer, *p[1:3], *p[4:7]):
             return cpu_gradients.lstm_gradients(needs, outer, *p, keep_dpre)
@@ -121,6 +158,8 @@ def lstm_gradients(
 def lstm_tangents(u: Tensors, p: Primal) -> tuple[Tensor, ...]:
     """Return the tangents of y, h_n, c_n, cells and gates along `u` = (tx, th0, tc0, *tweights)."""
     tx, th0, tc0, *tweights = u
+    if not torch.compiler.is_compiling():
+        check_saved((None,), p)
     with autocast_off(p.x):
         ty, th_n, tc_n, tgates, tcells = lstm_tangent(
             tx, th0, tc0, tweights, *p[:4], p.weights, *p[4:7]
@@ -146,6 +185,8 @@ def lstm_gradient_tangents(
     `touter` the tangents of `outer`, None for zero.
     """
     tx, th0, tc0, *tweights = u
+    if not torch.compiler.is_compiling():
+        check_saved((*outer, dpre), p)
     with autocast_off(p.gates):
         tdpre, tdh, tdh0, tdc0 = lstm_backward_tangent(
             outer,
@@ -270,7 +311,9 @@ def sums_of(
     x = x if need.weight_ih else None
     bias = bool(need.bias_ih or need.bias_hh)
     dweight_ih, dweight_hh, db = lstm_weight_sums(dpre, x, h_prev, bias, samples)
-    dweight_hr = apart(dh, samples).mT @ apart(m, samples) if m is not None else None  # B14
+    dweight_hr = None
+    if m is not None:
+        dweight_hr, _, _ = lstm_weight_sums(dh, m, None, False, samples)  # B14
     return LSTMWeights(
         dweight_ih if x is not None else None,  # type: ignore[arg-type]
         dweight_hh if h_prev is not None else None,  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch_manual.functions._autocast import autocast_off
 from torch_manual.functions._function import one_node
 from torch_manual.functions.lstm_compiled import empty_gradients
+from torch_manual.functions.lstm_gradients import Primal, check_saved
 from torch_manual.functions.lstm_segments import (
     forward_by_segments,
     gradients_by_segments,
@@ -156,6 +157,8 @@ def _gradients(
     by_kernel: bool,
 ) -> list[Tensor]:
     """Those that are needed."""
+    primal = Primal.of((x, h0, c0, batch_sizes, y, None, None, *weights))
+    check_saved((dy, dh_n, dc_n, c_starts), primal)
     with autocast_off(x):
         if by_kernel:
             dx, dh0, dc0, _, _, *dweights = cpu_gradients.lstm_gradients(

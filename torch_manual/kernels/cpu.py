@@ -106,7 +106,9 @@ def lstm_step(
     weights, pointers, full = in_c_order(weights)
     gates, cells = (t.data_ptr() for t in kept) if save else (0, 0)
     y, unpacked = h_n.data_ptr(), cpu_grid.unpacked(1, B)
-    grid = cpu_grid.thinned(cpu_grid.grid(1, B, B * 4 * H * (I + P), H, 1))
+    grid = cpu_grid.grid(1, B, B * 4 * H * (I + P), H, 1)
+    if grid is not cpu_grid.ALONE:
+        grid = cpu_grid.thinned(grid)
     key = None if unpacked or save else packed.key_of((I, H, P, 1), weights, pointers)
     block = packed.take(key)
     cpu_library.call(

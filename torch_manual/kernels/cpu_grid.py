@@ -13,7 +13,7 @@ from torch_manual.kernels.cpu_library import Grid
 _LARGE_CACHE = 2 << 20  # the second level's of Intel's servers, whose third level is slow
 _WORTH_A_THREAD = 1_000_000  # multiplications
 _WORTH_WAITING = 8_000  # multiplications of a thread in a step
-_ALONE = Grid()
+ALONE = Grid()
 
 
 def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> Grid:
@@ -27,7 +27,7 @@ def grid(T: int, B: int, work: int, H: int, D: int, backward: bool = False) -> G
         return cpu_library.chosen.grid
     n = threads(D * work)
     if n == 1:
-        return _ALONE
+        return ALONE
     directions = D if n >= D else 1
     n //= directions
     if n == 1 or work < _WORTH_A_THREAD:
@@ -49,7 +49,8 @@ def thinned(grid: Grid) -> Grid:
 
     Their sums are the same: none is shared, and a thread takes on whole places of others.
     """
-    if grid is _ALONE or not (spared := crowding.spared()) or cpu_library.chosen.grid:
+    spared = crowding.spared()
+    if not spared or cpu_library.chosen.grid:
         return grid
     parts = grid.directions * grid.batches
     left = max(1, parts * grid.units - spared)

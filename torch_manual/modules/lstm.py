@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from torch_manual.functions.lstm import LSTMWeights, check_recompute, lstm_layer
+from torch_manual.functions.lstm import LSTMWeights, lstm_layer
+from torch_manual.functions.lstm_arguments import check_recompute
 from torch_manual.functions.lstm_cell import lstm_cell
 
 CELL_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -266,7 +267,8 @@ class LSTMCell(nn.RNNCellBase):
     """A drop-in for `torch.nn.LSTMCell`: one step of `LSTM`, same parameters, results and errors.
 
     Inputs: `input` (B, I) or (I,); `hx` = (h, c), (B, H) each or (H,), zeros if not given.
-    Returns: h', c'.
+    Returns: h', c'. Both come of one node, as `torch.nn.LSTMCell`'s do on a GPU; on the CPU its h'
+        is made of the returned c' and has a gradient with respect to it.
     """
 
     def __init__(
@@ -368,7 +370,7 @@ def _parameters(module: nn.Module, names: Sequence[str]) -> list[Any]:
 def _peephole_dims(peephole: str) -> int:
     """The number of dimensions of a peephole weight."""
     dims = {"diagonal": 1, "full": 2}
-    if peephole not in dims:
+    if not isinstance(peephole, str) or peephole not in dims:
         raise ValueError(f"peephole must be 'diagonal' or 'full', got {peephole!r}")
     return dims[peephole]
 

@@ -6,8 +6,9 @@
 
 namespace {
 
-// Floating-point operations that so many `threads` do, or those that there are, a multiplication and an addition each time,
-// with nothing but registers: `repeats` times on more sums than the additions take cycles.
+// Floating-point operations that so many `threads` do, or those that there are, a multiplication and
+// an addition each time, with nothing but registers: `repeats` times on more sums than the additions
+// take cycles.
 template <typename real>
 int64_t multiply_add(int64_t threads, int64_t repeats) {
 #if defined(__AVX512F__) || defined(__aarch64__)

@@ -152,6 +152,8 @@ def _are_as_kept(
         and cells.shape == (1, B, H)
         and ih.dtype is hh.dtype is h.dtype is c.dtype is gates.dtype is cells.dtype is dtype
         and ci is cf is co is None
+        and ih.is_cpu
+        and hh.is_cpu
         and (dh is None or dh.dtype is dtype)
         and (dc is None or dc.dtype is dtype)
     )

@@ -64,6 +64,8 @@ def check_saved(outer: Tensors, p: Primal) -> None:
         outer: gradients, whose dtypes autograd has checked; dy first.
         p: gates and cells may be None, h0 and c0 without directions.
     """
+    if torch.compiler.is_compiling():  # of traced tensors, which are as they were
+        return
     x, h0, c0, batch_sizes, y, gates, cells, weights = p
     (N, I), (*_, B, P), H, dtype = x.shape, h0.shape, c0.shape[-1], x.dtype
     D = len(weights) // len(NOTHING)
@@ -116,10 +118,8 @@ def lstm_gradients(
             gradients are kept apart: these and dx then have a leading dimension of samples.
         keep_dpre: False if dpre and dh are not looked at; they may then be None.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        check_saved(outer, p)
-    in_blocks = samples is None and not compiling
+    check_saved(outer, p)
+    in_blocks = samples is None and not torch.compiler.is_compiling()
     with autocast_off(p.gates):
         if in_blocks and cpu_gradients.serves(p.x, p.weights, *outer, *p[1:3], *p[4:7]):
             return cpu_gradients.lstm_gradients(needs, outer, *p, keep_dpre)
@@ -158,8 +158,7 @@ def lstm_gradients(
 def lstm_tangents(u: Tensors, p: Primal) -> tuple[Tensor, ...]:
     """Return the tangents of y, h_n, c_n, cells and gates along `u` = (tx, th0, tc0, *tweights)."""
     tx, th0, tc0, *tweights = u
-    if not torch.compiler.is_compiling():
-        check_saved((None,), p)
+    check_saved((None,), p)
     with autocast_off(p.x):
         ty, th_n, tc_n, tgates, tcells = lstm_tangent(
             tx, th0, tc0, tweights, *p[:4], p.weights, *p[4:7]
@@ -185,8 +184,7 @@ def lstm_gradient_tangents(
     `touter` the tangents of `outer`, None for zero.
     """
     tx, th0, tc0, *tweights = u
-    if not torch.compiler.is_compiling():
-        check_saved((*outer, dpre), p)
+    check_saved((*outer, dpre), p)
     with autocast_off(p.gates):
         tdpre, tdh, tdh0, tdc0 = lstm_backward_tangent(
             outer,
